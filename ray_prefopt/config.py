@@ -1,0 +1,349 @@
+"""The one configuration tree: YAML files, command line flags, Tune samples and TRL's arguments all become this.
+
+Frozen and strict: a value is what the user wrote or a default from here, and never changes afterwards; what follows
+from several values is a property. Imports pydantic alone, so that reading a config never waits for torch or ray.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Config(BaseModel):
+    """Base of every section: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LoraConfig(Config):
+    """Low-rank adapters, with peft's own option names."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the update matrices."""
+    lora_alpha: float = 32
+    """Scale of the update: the adapter's output is multiplied by lora_alpha / r."""
+    lora_dropout: Fraction = 0.0
+    target_modules: str | list[str] = "all-linear"
+    """Module names, a regular expression, or `all-linear`."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved beside the adapter."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class ModelConfig(Config):
+    """Which model is trained, and how it is built."""
+
+    path: str | None = None
+    """Folder or hub id of the model (and of its tokenizer, unless `tokenizer` says otherwise)."""
+    from_config: dict[str, Any] | None = None
+    """Architecture to initialise at random instead of loading weights: `{model_type: qwen2, hidden_size: 64, ...}`."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; `path` when not given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the forward and backward pass; `auto` is that of the saved weights. Master weights are fp32."""
+    attn_implementation: str | None = None
+    """Attention of transformers: `sdpa`, `eager`, `flash_attention_2`, ...; transformers chooses when not given."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you have read that code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to zero (as TRL does)."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Self:
+        if self.path is None and self.from_config is None:
+            raise ValueError("set model.path (a folder or hub id), or model.from_config (an architecture to initialise)")
+        if self.from_config is not None:
+            if "model_type" not in self.from_config:
+                raise ValueError(f"from_config needs model_type; got keys {sorted(self.from_config)}")
+            if self.tokenizer_path is None:
+                raise ValueError("from_config has no tokenizer: set model.tokenizer to a folder or hub id")
+        return self
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        return self.tokenizer or self.path
+
+
+class Source(Config):
+    """One place to read preference pairs from. A plain string in `data.train` is a Source with that path."""
+
+    path: str
+    """File, glob, folder, fsspec URI, or Hugging Face dataset id (`org/name`, `org/name:split`)."""
+    weight: float = Field(1.0, gt=0.0)
+    """How often the source is seen in an epoch: 0.5 takes every other row, 2 takes every row twice."""
+    rows: int | None = Field(None, ge=1)
+    """Read the first rows only."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str | None = None
+    """Split of a Hugging Face dataset; `train` when not given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+
+Sources = str | Source | list[str | Source]
+
+
+class DataConfig(Config):
+    """Where preference pairs come from and how they become tokens."""
+
+    train: Sources
+    """Training pairs: a path, glob, URI or hub id, or a list of them (each may be `{path, weight, rows, split}`)."""
+    eval: Sources | dict[str, Sources] | None = None
+    """Held-out pairs; a mapping names several sets, whose metrics are then `eval_<name>_...`."""
+    format: Literal["auto", "standard", "conversational"] = "auto"
+    """Form of the rows; `auto` looks at each row."""
+    columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(default_factory=dict)
+    """Column names of yours for ours: `{prompt: question, chosen: answer_a, rejected: answer_b}`."""
+    chat_template: str | None = None
+    """Jinja text, or path of a file with it; the tokenizer's own template when not given."""
+    assistant_header: Literal["trl", "official"] = "trl"
+    """Where the template's assistant header goes: into the prompt (TRL) or into the response (princeton-nlp/SimPO)."""
+    max_length: int = Field(1024, ge=2)
+    """Upper bound on the tokens of prompt + completion."""
+    max_prompt_length: int | None = Field(512, ge=1)
+    """The prompt is cut to this when prompt + completion exceed max_length; none: cut to max_length - 1."""
+    max_completion_length: int | None = Field(None, ge=1)
+    """Upper bound on the tokens of a completion by itself."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a prompt survives."""
+    max_bad_fraction: Fraction = 0.05
+    """Share of unusable rows above which the run stops, before any worker is asked for."""
+    shuffle: bool = True
+    """Permute the pairs anew in each epoch; off: the order of the files."""
+    shuffle_window: int = Field(1_000_000, ge=1)
+    """Pairs that are permuted together, hence at most this many are held by a worker."""
+
+    @model_validator(mode="after")
+    def _prompt_leaves_room(self) -> Self:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length}), "
+                "or no completion would fit"
+            )
+        return self
+
+    @property
+    def train_sources(self) -> tuple[Source, ...]:
+        return _as_sources(self.train)
+
+    @property
+    def eval_sets(self) -> dict[str, tuple[Source, ...]]:
+        """Evaluation sets by name; a single unnamed set has the name ''."""
+        if self.eval is None:
+            return {}
+        if isinstance(self.eval, Mapping):
+            return {name: _as_sources(sources) for name, sources in self.eval.items()}
+        return {"": _as_sources(self.eval)}
+
+
+def _as_sources(value: Sources) -> tuple[Source, ...]:
+    items: Sequence[str | Source] = [value] if isinstance(value, str | Source) else value
+    return tuple(Source(path=item) if isinstance(item, str) else item for item in items)
+
+
+class _Loss(Config):
+    """What every loss has."""
+
+    beta: float = Field(0.1, gt=0.0)
+    """Scale of the reward."""
+    cpo_alpha: float = Field(0.0, ge=0.0)
+    """Weight of the behaviour-cloning term, the negative log-likelihood of the chosen completion."""
+    nll_average: Literal["step", "micro_batch"] = "step"
+    """Denominator of that term: chosen tokens of the whole optimizer step, or of each micro-batch as in TRL."""
+
+
+class _LinkedLoss(_Loss):
+    """Losses that put the reward margin through a link function."""
+
+    link: Literal["sigmoid", "hinge"] = "sigmoid"
+    """Logistic loss, or the hinge max(0, 1 - beta * margin) of SLiC."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Assumed share of swapped labels (sigmoid link only)."""
+
+    @model_validator(mode="after")
+    def _smoothing_needs_sigmoid(self) -> Self:
+        if self.link == "hinge" and self.label_smoothing:
+            raise ValueError("label_smoothing has no meaning for link: hinge; leave one of them out")
+        return self
+
+
+class CPOLoss(_LinkedLoss):
+    """Contrastive preference optimization: summed log-probabilities plus behaviour cloning (arXiv 2401.08417)."""
+
+    kind: Literal["cpo"] = "cpo"
+    cpo_alpha: float = Field(1.0, ge=0.0)
+    """Weight of the behaviour-cloning term, the negative log-likelihood of the chosen completion."""
+
+
+class IPOLoss(_Loss):
+    """Identity preference optimization without a reference model, on mean log-probabilities (arXiv 2310.12036)."""
+
+    kind: Literal["ipo"] = "ipo"
+    cpo_alpha: float = Field(1.0, ge=0.0)
+    """Weight of the behaviour-cloning term, the negative log-likelihood of the chosen completion."""
+    alpha: float = 0.0
+    """Shape of the AlphaPO reward; 0 is the log-probability itself."""
+
+
+class _SimPOFields(_LinkedLoss):
+    """What SimPO and CPO-SimPO share."""
+
+    beta: float = Field(2.0, gt=0.0)
+    """Scale of the reward."""
+    gamma_beta_ratio: float = Field(0.5, ge=0.0)
+    """Target margin divided by beta (TRL's simpo_gamma is gamma_beta_ratio * beta)."""
+    alpha: float = 0.0
+    """Shape of the AlphaPO reward (arXiv 2501.03884); 0 is the log-probability itself."""
+
+
+class SimPOLoss(_SimPOFields):
+    """Simple preference optimization: mean log-probability as reward, and a target margin (arXiv 2405.14734)."""
+
+    kind: Literal["simpo"] = "simpo"
+
+
+class CPOSimPOLoss(_SimPOFields):
+    """SimPO plus behaviour cloning; the default weight is the one published in fe1ixxu/CPO_SIMPO."""
+
+    kind: Literal["cpo_simpo"] = "cpo_simpo"
+    cpo_alpha: float = Field(0.05, ge=0.0)
+    """Weight of the behaviour-cloning term, the negative log-likelihood of the chosen completion."""
+
+
+LossConfig = Annotated[SimPOLoss | CPOLoss | CPOSimPOLoss | IPOLoss, Field(discriminator="kind")]
+
+
+class OptimConfig(Config):
+    """Optimizer and learning rate schedule, by transformers' names."""
+
+    learning_rate: float = Field(1e-6, gt=0.0)
+    """Peak learning rate; the one number that matters most (official SimPO recipes: 3e-7 to 1e-6)."""
+    name: str = "adamw_torch_fused"
+    """Any of transformers' optimizer names: `adamw_torch_fused`, `adamw_torch`, `adafactor`, `lion_32bit`, ..."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of that optimizer."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Applied to every weight except biases and norms."""
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    schedule: str = "cosine"
+    """Any of transformers' scheduler names: `cosine`, `linear`, `constant_with_warmup`, `inverse_sqrt`, ..."""
+    schedule_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of that schedule."""
+    warmup_ratio: Fraction = 0.1
+    """Share of the steps during which the learning rate rises."""
+
+
+class EngineConfig(Config):
+    """What moves gradients and weights between workers."""
+
+    kind: Literal["zero", "plain"] = "zero"
+    """DeepSpeed ZeRO, or plain data parallelism in torch."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """Shard nothing (0), optimizer states (1), also gradients (2), also weights (3)."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep optimizer states in host memory (stages 1 to 3)."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """Keep weights in host memory (stage 3)."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """A DeepSpeed config (as in its JSON file) that is merged over ours."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        zero_only = {
+            "offload_optimizer": self.offload_optimizer != "none",
+            "offload_param": self.offload_param != "none",
+            "deepspeed": bool(self.deepspeed),
+        }
+        given = [name for name, is_set in zero_only.items() if is_set]
+        if self.kind == "plain" and given:
+            raise ValueError(f"{', '.join(given)} belongs to engine.kind: zero; got engine.kind: plain")
+        if self.offload_param != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload_param needs zero_stage 3; got zero_stage {self.zero_stage}")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; got zero_stage 0")
+        return self
+
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class RunConfig(Config):
+    """The run: its name and folder, its size on the cluster, and when it logs, evaluates and saves."""
+
+    name: str | None = None
+    """Name of the run; the same name resumes it. Made from the loss and the time when not given."""
+    storage_path: str = "runs"
+    """Folder or URI for runs and prepared blocks; with several nodes, one that all of them see."""
+    num_workers: int = Field(1, ge=1)
+    """Ray Train workers, that is ranks; one accelerator each when use_gpu is set."""
+    use_gpu: bool = False
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPUs reserved for each worker; also its number of compute threads."""
+    global_batch: int = Field(128, ge=1)
+    """Pairs per optimizer step, over all workers."""
+    micro_batch: int = Field(4, ge=1)
+    """Pairs per forward pass of a worker."""
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever epochs says."""
+    seed: int = Field(42, ge=0)
+    log_steps: int = Field(1, ge=1)
+    """Optimizer steps per line of metrics.jsonl."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations; when not given, one at the end."""
+    eval_on_start: bool = False
+    """Evaluate before the first step as well."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; when not given, one at the end."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept, besides the best one."""
+    best_metric: str | None = None
+    """Metric whose best checkpoint is kept: `eval_rewards/accuracies` when there is an evaluation set."""
+    max_failures: int = Field(0, ge=-1)
+    """Times the workers are started again after one of them died; -1 is without limit."""
+    resume_from: str | None = None
+    """Checkpoint folder to start from, of this or another run."""
+    on_bad_checkpoint: Literal["refuse", "fallback"] = "refuse"
+    """When the newest checkpoint is torn: stop with its name, or use the one before."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop the run, or go on and try at the next one."""
+    force_new: bool = False
+    """Start anew under a name that is taken; the old run's folder is moved aside."""
+    export: bool = True
+    """Write the Hugging Face folder when training is done."""
+    resource_timeout_s: float = Field(60.0, gt=0.0)
+    """Longest wait for the cluster to have room for the workers."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str | None) -> str | None:
+        if name is not None and not RUN_NAME.fullmatch(name):
+            raise ValueError(f"run.name is a folder name of letters, digits, '.', '_' and '-'; got {name!r}")
+        return name
+
+
+class TrainConfig(Config):
+    """Everything a run depends on."""
+
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = Field(default_factory=SimPOLoss)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
