@@ -3,6 +3,9 @@
 Every message says what happened, what was found, and what to do. Import-light: neither torch nor ray.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class PrefoptError(ValueError):
     """Base of every error that is meant for a user; the command line prints its text without a traceback."""
@@ -46,3 +49,13 @@ class NonFiniteError(PrefoptError):
 
 class TrainingError(PrefoptError):
     """The run failed on the cluster; the text is that of the first rank that failed."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the nearest of the known words, or nothing.
+
+    >>> suggest("simpoo", ["simpo", "cpo"])
+    ' Did you mean simpo?'
+    """
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,36 @@
+"""What the training loop asks of an engine; `plain` and `zero` answer."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """A model, its optimizer and schedule, spread over the ranks of the default process group."""
+
+    module: nn.Module
+    """The model itself; its weights may be sharded."""
+    device: torch.device
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's output; this, not `module`, is what training calls."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar; what is summed over micro-batches and ranks is the gradient of the step."""
+
+    def step(self) -> float:
+        """Clip, update weights and learning rate, clear gradients; returns the gradient norm before clipping.
+
+        Raises NonFiniteError on every rank, before anything moved, when that norm is NaN or infinite.
+        """
+
+    def learning_rate(self) -> float:
+        """The rate that the next step will use."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights, optimizer and schedule; called by all ranks."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; called by all ranks. Raises CheckpointError."""

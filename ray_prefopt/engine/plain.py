@@ -1,0 +1,82 @@
+"""Data parallelism in torch alone: whole weights on every rank, one gradient reduction per step."""
+
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from ray_prefopt.config import OptimConfig
+from ray_prefopt.engine.optimizer import build_optimizer, build_schedule
+from ray_prefopt.errors import CheckpointError, NonFiniteError
+
+
+class PlainEngine:
+    """Weights, gradients and optimizer states in fp32; bf16 or fp16 is autocast. The reference for `zero`."""
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, *, total_steps: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.module = module.to(device=device, dtype=torch.float32)
+        self.device = device
+        self._dtype = dtype
+        self._max_grad_norm = optim.max_grad_norm or math.inf
+        self._optimizer = build_optimizer(self.module, optim)
+        self._schedule = build_schedule(self._optimizer, optim, total_steps)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._trainable = [weight for weight in self.module.parameters() if weight.requires_grad]
+
+    def forward(self, **inputs: Any) -> Any:
+        with self._autocast():
+            return self.module(**inputs)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        for weight in self._trainable:
+            if weight.grad is None:  # a rank without this expert's tokens still takes part in the sum
+                weight.grad = torch.zeros_like(weight)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for weight in self._trainable:
+                dist.all_reduce(weight.grad)
+        self._scaler.unscale_(self._optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._trainable, self._max_grad_norm))
+        if not math.isfinite(norm) and not self._scaler.is_enabled():
+            raise NonFiniteError(f"the gradient norm is {norm}")
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def learning_rate(self) -> float:
+        return float(self._schedule.get_last_lr()[0])
+
+    def save(self, folder: Path) -> None:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        save_model(self.module, str(folder / "model.safetensors"))
+        states = {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        torch.save(states, folder / "engine.pt")
+
+    def load(self, folder: Path) -> None:
+        try:
+            load_model(self.module, str(folder / "model.safetensors"))
+            states = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from error
+        self._optimizer.load_state_dict(states["optimizer"])
+        self._schedule.load_state_dict(states["schedule"])
+        self._scaler.load_state_dict(states["scaler"])

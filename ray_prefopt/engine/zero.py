@@ -1,0 +1,119 @@
+"""DeepSpeed ZeRO, stages 0 to 3. The only module that speaks DeepSpeed."""
+
+import io
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from ray_prefopt.config import OptimConfig
+from ray_prefopt.engine.optimizer import build_optimizer, build_schedule
+from ray_prefopt.errors import CheckpointError, NonFiniteError
+
+TAG = "engine"
+"""Folder inside a checkpoint that holds DeepSpeed's files."""
+
+# DeepSpeed passes weights_only=False at every load; this makes torch refuse code in a checkpoint all the same.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
+# Only inference uses the shared-memory reduction; leaving it on compiles it with g++ in every process.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:
+    """While the returned object lives, models are built in shards (stage 3): no rank ever holds the whole."""
+    return HfDeepSpeedConfig(dict(ds_config))
+
+
+class ZeroEngine:
+    """A DeepSpeed engine; optimizer states, gradients and weights are sharded by `zero_optimization.stage`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        *,
+        total_steps: int,
+        ds_config: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        optimizer = build_optimizer(module, optim)
+        with redirect_stdout(io.StringIO()):  # memory reports, printed whatever the log level
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                lr_scheduler=lambda inner: build_schedule(inner, optim, total_steps),
+                config=dict(ds_config),
+                dist_init_required=False,
+            )
+        self.module = module
+        self.device = device
+        self._scales_loss = bool(ds_config["fp16"]["enabled"])
+        self._unsharded_norm = math.nan
+        if ds_config["zero_optimization"]["stage"] == 0:
+            optimizer.register_step_pre_hook(self._clip_unsharded(optim.max_grad_norm))
+        self._has_frozen = any(not weight.requires_grad for weight in module.parameters())
+
+    def forward(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; ours is a share of a sum.
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        norm = self._unsharded_norm if norm is None else float(norm)
+        if not math.isfinite(norm) and not self._scales_loss:
+            raise NonFiniteError(f"the gradient norm is {norm}")
+        return norm
+
+    def _clip_unsharded(self, max_grad_norm: float) -> Callable[..., None]:
+        """Stage 0: DeepSpeed reports no norm and has no guard; runs after the reduction, before anything moves."""
+
+        def clip(optimizer: Optimizer, *_: Any) -> None:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            self._unsharded_norm = float(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
+            if not math.isfinite(self._unsharded_norm):
+                raise NonFiniteError(f"the gradient norm is {self._unsharded_norm}")
+
+        return clip
+
+    def learning_rate(self) -> float:
+        return float(self._engine.get_lr()[0])
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
+
+    def load(self, folder: Path) -> None:
+        try:
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_module_strict=not self._has_frozen
+            )
+        except Exception as error:
+            raise CheckpointError(f"{folder}: DeepSpeed cannot load it: {error}") from error
+        if path is None:  # DeepSpeed only warns, and would train from step 0
+            raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
+
+
+def full_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained weights in a checkpoint folder, whole and in fp32, on the CPU."""
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

@@ -1,0 +1,99 @@
+"""From log-probabilities of a micro-batch to its share of the step's loss, and the sums that metrics are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ray_prefopt.config import CPOLoss, IPOLoss, LossConfig
+from ray_prefopt.losses.logps import PairLogps
+from ray_prefopt.losses.preference import alpha_reward, cpo_loss, ipo_loss, simpo_loss
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What an optimizer step holds over all ranks and micro-batches; known from the plan before the step begins."""
+
+    pairs: int
+    chosen_tokens: int
+
+
+Objective = Callable[[PairLogps, Tensor, StepTotals], tuple[Tensor, dict[str, Tensor]]]
+
+
+def make_objective(config: LossConfig, *, aux_loss_coef: float = 0.0) -> Objective:
+    """The objective of a loss section.
+
+    It takes log-probabilities, weights (B,) that are 1 for a pair and 0 for filler, and the totals of the step; it
+    returns a scalar whose sum over the step's micro-batches on all ranks is the step's loss, and weighted sums over
+    pairs, (), without gradient, under TRL's metric names (`nll_loss` is a sum over tokens).
+    """
+    alpha = getattr(config, "alpha", 0.0)
+
+    def objective(logps: PairLogps, weights: Tensor, totals: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
+        share = weights.sum() / totals.pairs
+        loss = (weights * pair_losses(config, logps)).sum() / totals.pairs
+        if config.cpo_alpha:
+            loss = loss + config.cpo_alpha * _nll(config, logps, weights, totals)
+        if logps.aux_loss is not None:
+            loss = loss + aux_loss_coef * share * logps.aux_loss
+        return loss, _metric_sums(logps, weights, loss, config, alpha)
+
+    return objective
+
+
+def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
+    """The preference loss of each pair, (B,)."""
+    if isinstance(config, IPOLoss):
+        return ipo_loss(logps, beta=config.beta, alpha=config.alpha)
+    if isinstance(config, CPOLoss):
+        return cpo_loss(logps, beta=config.beta, link=config.link, label_smoothing=config.label_smoothing)
+    return simpo_loss(
+        logps,
+        beta=config.beta,
+        gamma_beta_ratio=config.gamma_beta_ratio,
+        link=config.link,
+        label_smoothing=config.label_smoothing,
+        alpha=config.alpha,
+    )
+
+
+def _nll(config: LossConfig, logps: PairLogps, weights: Tensor, totals: StepTotals) -> Tensor:
+    """This micro-batch's share of the token-mean negative log-likelihood of the chosen completions, a scalar."""
+    nll = -(weights * logps.chosen).sum()
+    if config.nll_average == "step":
+        return nll / totals.chosen_tokens
+    tokens = (weights * logps.chosen_len).sum().clamp(min=1)
+    return nll / tokens * (weights.sum() / totals.pairs)
+
+
+@torch.no_grad()
+def _metric_sums(
+    logps: PairLogps, weights: Tensor, loss: Tensor, config: LossConfig, alpha: float
+) -> dict[str, Tensor]:
+    is_summed = isinstance(config, CPOLoss)
+    chosen = logps.chosen if is_summed else logps.chosen_mean
+    rejected = logps.rejected if is_summed else logps.rejected_mean
+    reward_chosen = config.beta * alpha_reward(chosen, alpha)
+    reward_rejected = config.beta * alpha_reward(rejected, alpha)
+    per_pair = {
+        "rewards/chosen": reward_chosen,
+        "rewards/rejected": reward_rejected,
+        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
+        "rewards/margins": reward_chosen - reward_rejected,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps_mean/chosen": logps.chosen_mean,
+        "logps_mean/rejected": logps.rejected_mean,
+        "logps_mean/accuracies": (logps.chosen_mean > logps.rejected_mean).float(),
+        "logits/chosen": logps.chosen_logits,
+        "logits/rejected": logps.rejected_logits,
+        "completions/chosen_length": logps.chosen_len,
+        "completions/rejected_length": logps.rejected_len,
+        "nll_loss": -logps.chosen,
+    }
+    sums = {name: (weights * value.detach()).sum() for name, value in per_pair.items()}
+    if logps.aux_loss is not None:
+        sums["aux_loss"] = weights.sum() * logps.aux_loss.detach()
+    return {"loss": loss.detach(), "pairs": weights.sum(), **sums}
