@@ -1,0 +1,178 @@
+"""Tokenizers and models that are built in milliseconds, without network, and are the same every time.
+
+Import it as `from tests.tiny import ...`: pytest runs with the repository root on its path.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CORPUS = [
+    "The sky is blue. The sky is black. The grass is green, and the sun is in the sky.",
+    "What color is the sky? It is blue. Where is the sun? In the sky.",
+    "two plus two is four; two plus two is five; twofold, fourteen, fiveteen, hello, helloing, help",
+    "import numpy as np\n\ndef answer(x):\n    return x + 1\n",
+    "äöü ß é ñ 你好 世界 🙂 naïve café Straße",
+]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_WITH_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set text = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}"
+    "{{ text }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+CHATS: dict[str, dict[str, Any]] = {
+    "plain": {"eos": "<|endoftext|>", "pad": "<|endoftext|>"},
+    "bos": {"bos": "<s>", "eos": "</s>", "pad": "</s>"},
+    "chatml": {"eos": "<|im_end|>", "pad": "<|endoftext|>", "special": ["<|im_start|>"], "template": CHATML},
+    "qwen": {
+        "eos": "<|im_end|>",
+        "pad": "<|endoftext|>",
+        "special": ["<|im_start|>"],
+        "template": CHATML_WITH_DEFAULT_SYSTEM,
+    },
+    "llama3": {
+        "bos": "<|begin_of_text|>",
+        "eos": "<|end_of_text|>",
+        "pad": "<|end_of_text|>",
+        "special": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "template": LLAMA3,
+    },
+    "gemma": {
+        "bos": "<bos>",
+        "eos": "<eos>",
+        "pad": "<pad>",
+        "special": ["<start_of_turn>", "<end_of_turn>"],
+        "template": GEMMA,
+    },
+    "mistral": {
+        "bos": "<s>",
+        "eos": "</s>",
+        "pad": "</s>",
+        "special": ["[INST]", "[/INST]"],
+        "template": MISTRAL,
+    },
+}
+"""The kinds of `tiny_tokenizer`: special tokens and chat template by family."""
+
+
+def tiny_tokenizer(kind: str = "chatml", *, template: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of some 420 tokens that spells any text, with the special tokens of a family."""
+    chat = CHATS[kind]
+    special = [chat["eos"], *([chat["bos"]] if "bos" in chat else []), chat["pad"], *chat.get("special", [])]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        bos_token=chat.get("bos"),
+        eos_token=chat["eos"],
+        pad_token=chat["pad"],
+        extra_special_tokens=chat.get("special", []),
+        clean_up_tokenization_spaces=False,
+    )
+    assert tokenizer.convert_tokens_to_ids(special).count(None) == 0
+    tokenizer.chat_template = template or chat.get("template")
+    return tokenizer
+
+
+@cache
+def _trained() -> str:
+    tokenizer = _byte_level(models.BPE())
+    tokenizer.train_from_iterator(
+        CORPUS * 2,
+        trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    return str(tokenizer.to_str())
+
+
+def merge_tokenizer(
+    letters: str, merges: Sequence[tuple[str, str]], **special: str
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of these letters and merges, first merge first; for splits that are worked out by hand."""
+    tokens = [*letters, *dict.fromkeys(one + other for one, other in merges)]
+    bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), **special)
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+_GPT2_SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+
+
+def tiny_config(model_type: str = "qwen2", **overrides: Any) -> dict[str, Any]:
+    """`model.from_config` of a model with some 50 thousand weights: qwen2, llama, mistral, gemma2, gpt2, ..."""
+    shape = _GPT2_SHAPE if model_type == "gpt2" else _SHAPE
+    return {"model_type": model_type, "vocab_size": 512, **shape, **overrides}
+
+
+def tiny_model(model_type: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    """That model in fp32, in evaluation mode, with weights that depend on the seed alone."""
+    settings = tiny_config(model_type, **overrides)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def save_tiny_model(
+    folder: str | Path, kind: str = "qwen2", *, chat: str = "chatml", seed: int = 0, **overrides: Any
+) -> str:
+    """Write a Hugging Face folder with that model and the tokenizer of a chat family; returns its path."""
+    tokenizer = tiny_tokenizer(chat)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny_model(kind, seed=seed, **ids, pad_token_id=tokenizer.pad_token_id, **overrides)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def chat_row(question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """A conversational row with an explicit prompt."""
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
