@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 CORPUS = [
     "The sky is blue. The sky is black. The grass is green, and the sun is in the sky.",
@@ -103,13 +103,14 @@ def tiny_tokenizer(kind: str = "chatml", *, template: str | None = None) -> PreT
 
 @cache
 def _trained() -> str:
-    tokenizer = _byte_level(models.BPE())
-    tokenizer.train_from_iterator(
-        CORPUS * 2,
-        trainers.BpeTrainer(
-            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
+    """In the form of Qwen2: transformers builds that anyway for a folder with a Qwen2 model."""
+    form = Qwen2Tokenizer().backend_tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = form.normalizer, form.pre_tokenizer
+    tokenizer.decoder = form.decoder
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 2, trainer)
     return str(tokenizer.to_str())
 
 
@@ -120,13 +121,6 @@ def merge_tokenizer(
     tokens = [*letters, *dict.fromkeys(one + other for one, other in merges)]
     bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), **special)
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 _SHAPE = {
