@@ -1,0 +1,482 @@
+"""Rows to blocks, once: Ray Data reads, formats and tokenizes on every CPU of the cluster.
+
+The folder of the blocks is named by a fingerprint of everything they depend on, so epochs, restarts and trials of a
+sweep find them there. Pair ids follow the order of sources, files and rows, whatever finishes first.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import tokenizers
+import transformers
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from ray.data import DataContext, TaskPoolStrategy
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from ray_prefopt.config import DataConfig, ModelConfig, Source
+from ray_prefopt.data.blocks import (
+    BLOCK_SCHEMA,
+    FORMAT,
+    Blocks,
+    Lengths,
+    encode,
+    encode_block,
+    file_entry,
+    has_blocks,
+    open_blocks,
+    write_file,
+    write_manifest,
+)
+from ray_prefopt.data.formats import AssistantHeader, ChatTemplate, Form, PreferencePair, Skipped, to_pair
+from ray_prefopt.data.sources import Chunk, Lane, PairColumn, Row, copies, lanes, parse, read_chunks
+from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
+from ray_prefopt.errors import DataError, PrefoptError
+from ray_prefopt.model.tokenizer import load_tokenizer
+
+CHUNK_ROWS = 1000
+EXAMPLES = 3
+"""Rows that the manifest shows for each reason to drop one."""
+EXAMPLE_LENGTH = 200
+CPUS_PER_READER = 16
+DEAD_AFTER = timedelta(days=1)
+"""Age from which an unfinished attempt at writing blocks is taken for dead."""
+
+
+def prepare(
+    data: DataConfig,
+    model: ModelConfig,
+    sources: Sequence[Source],
+    storage: str,
+    *,
+    progress: bool = True,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Blocks:
+    """The blocks of these sources, found in `<storage>/blocks/<fingerprint>` or made there.
+
+    Raises DataError when files or columns are missing, or more rows than data.max_bad_fraction are unusable, and
+    ModelError when there is no tokenizer.
+    """
+    console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
+    tokenizer = load_tokenizer(model, data.chat_template)
+    work = lanes(sources, data.columns)
+    recipe = _recipe(data, sources, work, tokenizer, chunk_rows)
+    fingerprint = _fingerprint(recipe)
+    folder = _blocks_folder(storage, fingerprint)
+    if has_blocks(folder):
+        blocks = open_blocks(folder)
+        console.print(f"blocks found: {blocks.num_pairs:,} pairs in {folder}")
+        return blocks
+
+    started = time.perf_counter()
+    attempt = uuid.uuid4().hex
+    job = TokenizeJob(
+        folder=folder,
+        attempt=attempt,
+        tokenizer=pickle.dumps(tokenizer),
+        limits=_limits(data),
+        form=data.format,
+        columns=data.columns,
+        assistant_header=data.assistant_header,
+        weights=tuple(source.weight for source in sources),
+    )
+    try:
+        reports = sorted(_watched(_run(work, job, chunk_rows), console), key=lambda report: report.key)
+        counts = _counts(reports)
+        _refuse_unusable(counts, data.max_bad_fraction)
+        manifest = _write_lengths(reports, folder, attempt) | {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "attempt": attempt,
+            "recipe": recipe,
+            "counts": counts,
+            "blocks": [report.block for report in reports if report.block],
+            "schema": {column.name: str(column.type) for column in BLOCK_SCHEMA},
+        }
+        if has_blocks(folder):  # another driver was first, and others may read its blocks already
+            _remove(folder, attempt)
+        else:
+            write_manifest(folder, manifest)
+    except BaseException:
+        _remove(folder, attempt)
+        raise
+    blocks = open_blocks(folder)
+    _remove_dead_attempts(folder, blocks.manifest["attempt"])
+    console.print(_summary(counts, time.perf_counter() - started, folder))
+    return blocks
+
+
+# --- what the blocks depend on ---
+
+
+def _limits(data: DataConfig) -> LengthLimits:
+    return LengthLimits(
+        data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode
+    )
+
+
+def _recipe(
+    data: DataConfig,
+    sources: Sequence[Source],
+    work: Sequence[Lane],
+    tokenizer: PreTrainedTokenizerBase,
+    chunk_rows: int,
+) -> dict[str, Any]:
+    """Everything that decides what is in the blocks, as JSON."""
+    template = json.dumps(tokenizer.chat_template)
+    return {
+        "format": FORMAT,
+        "sources": [source.model_dump() for source in sources],
+        "files": [[lane.source, file.path, *file.stamp] for lane in work for file in lane.files],
+        "chunk_rows": chunk_rows,
+        "limits": asdict(_limits(data)),
+        "form": data.format,
+        "columns": dict(sorted(data.columns.items())),
+        "assistant_header": data.assistant_header,
+        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "chat_template": _sha256(template),
+        # A template that writes today's date makes other texts tomorrow.
+        "date": date.today().isoformat() if "strftime_now" in template else None,
+        "tokenizers": ".".join(tokenizers.__version__.split(".")[:2]),
+        "transformers": transformers.__version__.split(".")[0],
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(recipe: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(recipe, sort_keys=True))[:20]
+
+
+def _blocks_folder(storage: str, fingerprint: str) -> str:
+    fs, path = url_to_fs(storage)
+    root = os.path.abspath(path) if isinstance(fs, LocalFileSystem) else storage.rstrip("/")
+    return f"{root}/blocks/{fingerprint}"
+
+
+# --- the work of one task ---
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeJob:
+    """What every tokenizing task is told."""
+
+    folder: str
+    attempt: str
+    tokenizer: bytes
+    """Pickled on the driver, so that nodes need no access to its files, and all use the same."""
+    limits: LengthLimits
+    form: Form
+    columns: Mapping[PairColumn, str]
+    assistant_header: AssistantHeader
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """How many copies of rows were dropped for one reason, and where the first of them are."""
+
+    count: int
+    examples: tuple[tuple[str, str], ...]
+    """Place and detail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of a chunk."""
+
+    key: tuple[int, int, int]
+    block: dict[str, Any] | None
+    """Its file in the manifest; none when no row was usable."""
+    rows: int
+    taken: int
+    """Rows times their weights."""
+    lengths: Lengths
+    dropped: dict[str, Drop] = field(default_factory=dict)
+    truncated: Counter[str] = field(default_factory=Counter)
+    ties: int = 0
+
+
+def tokenize_chunk(chunk: Chunk, job: TokenizeJob) -> Report:
+    """Turn a chunk into a block: pairs in the order of the rows, copies of a row next to each other."""
+    tokenizer = _tokenizer(job.tokenizer)
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    weight = job.weights[chunk.source]
+    times = [copies(chunk.first_row + index, weight) for index in range(len(chunk.rows))]
+    taken = [index for index, count in enumerate(times) if count]
+    formatted = {index: _format_row(chunk.rows[index], template, job) for index in taken}
+    pairs = {index: pair for index, pair in formatted.items() if isinstance(pair, PreferencePair)}
+    tokenized = dict(zip(pairs, tokenize_pairs(list(pairs.values()), tokenizer, job.limits), strict=True))
+
+    kept: list[TokenizedPair] = []
+    dropped: dict[str, Drop] = {}
+    truncated: Counter[str] = Counter()
+    ties = 0
+    for index in taken:
+        result = tokenized.get(index, formatted[index])
+        if isinstance(result, TokenizedPair):
+            kept += [result] * times[index]
+            truncated.update(dict.fromkeys(result.truncated, times[index]))
+            ties += times[index] * pairs[index].is_tie
+        elif isinstance(result, Skipped):
+            drop = Drop(
+                times[index], ((f"{chunk.file}:{chunk.numbers[index]}", result.detail[:EXAMPLE_LENGTH]),)
+            )
+            dropped[result.reason] = _add(dropped.get(result.reason), drop)
+    return Report(
+        key=chunk.key,
+        block=_write_block(kept, chunk, job) if kept else None,
+        rows=len(chunk.rows),
+        taken=sum(times),
+        lengths=Lengths.of(kept),
+        dropped=dropped,
+        truncated=truncated,
+        ties=ties,
+    )
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(pickled: bytes) -> PreTrainedTokenizerBase:
+    """The tokenizer of this process. Its own threads would compete with the other tasks of the node."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer: PreTrainedTokenizerBase = pickle.loads(pickled)
+    return tokenizer
+
+
+def _format_row(row: Row, template: ChatTemplate | None, job: TokenizeJob) -> PreferencePair | Skipped:
+    columns = parse(row)
+    if isinstance(columns, Skipped):
+        return columns
+    return to_pair(
+        columns,
+        template,
+        form=job.form,
+        columns=dict(job.columns.items()),
+        assistant_header=job.assistant_header,
+    )
+
+
+def _add(one: Drop | None, other: Drop) -> Drop:
+    if one is None:
+        return other
+    return Drop(one.count + other.count, (one.examples + other.examples)[:EXAMPLES])
+
+
+def _write_block(pairs: Sequence[TokenizedPair], chunk: Chunk, job: TokenizeJob) -> dict[str, Any]:
+    name = "{}/part-{:03d}-{:05d}-{:06d}.parquet".format(job.attempt, *chunk.key)
+    data = encode_block(pairs)
+    _write(job.folder, name, data)
+    return file_entry(name, len(pairs), data)
+
+
+def _write(folder: str, name: str, data: bytes) -> None:
+    fs, path = url_to_fs(folder)
+    try:
+        write_file(fs, f"{path}/{name}", data)
+    except OSError as error:
+        raise DataError(
+            f"{folder}/{name} cannot be written ({error}): free some space or allow the access, or set "
+            "run.storage_path to another place"
+        ) from error
+
+
+# --- Ray Data ---
+
+
+def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Report]:
+    """The reports of all chunks as they finish. Raises what a task raised."""
+    if not ray.is_initialized():
+        ray.init()
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # each chunk by itself, so that one big file keeps every CPU busy
+    readers = 1 + _cluster_cpus() // CPUS_PER_READER
+    with DataContext.current(context):
+        # Reading asks for no CPU: it waits most of the time, and must neither be fused with tokenizing nor block it.
+        results = (
+            ray.data.from_items(
+                [{"lane": pickle.dumps(lane)} for lane in work], override_num_blocks=len(work)
+            )
+            .flat_map(
+                partial(_read_task, rows=chunk_rows), num_cpus=0, compute=TaskPoolStrategy(size=readers)
+            )
+            .map(partial(_tokenize_task, job=job), num_cpus=1)
+        )
+        try:
+            for row in results.iter_rows():
+                yield pickle.loads(row["report"])
+        except Exception as error:
+            cause = _cause(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def _cluster_cpus() -> int:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("CPU", 1))
+
+
+def _read_task(row: Mapping[str, Any], *, rows: int) -> Iterator[dict[str, Any]]:
+    for chunk in read_chunks(pickle.loads(row["lane"]), rows=rows):
+        yield {"chunk": pickle.dumps(chunk)}
+
+
+def _tokenize_task(row: Mapping[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
+    return {"report": pickle.dumps(tokenize_chunk(pickle.loads(row["chunk"]), job))}
+
+
+def _cause(error: BaseException | None) -> PrefoptError | None:
+    """Our own error inside of Ray's."""
+    while error is not None:
+        if type(error).__module__ == PrefoptError.__module__ and isinstance(error, PrefoptError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def _watched(reports: Iterable[Report], console: Console) -> Iterator[Report]:
+    """The same reports, with their pairs counted on a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    started = time.perf_counter()
+    done = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("preparing: starting Ray Data", total=None)
+        for report in reports:
+            done += len(report.lengths.chosen)
+            rate = done / (time.perf_counter() - started)
+            bar.update(task, description=f"preparing: {done:,} pairs, {rate:,.0f} pairs/s")
+            yield report
+
+
+# --- the sum of all chunks ---
+
+
+def _counts(reports: Sequence[Report]) -> dict[str, Any]:
+    """Rows in, pairs out, and what lies between; every row taken is a pair or was dropped for a reason."""
+    dropped: dict[str, Drop] = {}
+    truncated = Counter({"prompt": 0, "chosen": 0, "rejected": 0})
+    for report in reports:
+        truncated.update(report.truncated)
+        for reason, drop in report.dropped.items():
+            dropped[reason] = _add(dropped.get(reason), drop)
+    taken = sum(report.taken for report in reports)
+    pairs = sum(len(report.lengths.chosen) for report in reports)
+    assert taken == pairs + sum(drop.count for drop in dropped.values())
+    return {
+        "rows": sum(report.rows for report in reports),
+        "taken": taken,
+        "pairs": pairs,
+        "ties": sum(report.ties for report in reports),
+        "dropped": {reason: _as_json(drop) for reason, drop in sorted(dropped.items())},
+        "truncated": dict(truncated),
+    }
+
+
+def _as_json(drop: Drop) -> dict[str, Any]:
+    return {"count": drop.count, "examples": [{"at": at, "detail": detail} for at, detail in drop.examples]}
+
+
+def _refuse_unusable(counts: Mapping[str, Any], max_bad_fraction: float) -> None:
+    bad, taken = counts["taken"] - counts["pairs"], counts["taken"]
+    if counts["pairs"] and bad <= max_bad_fraction * taken:
+        return
+    if not taken:
+        raise DataError(
+            f"no preference pair in {counts['rows']} rows: check data.train, and rows and weight in it"
+        )
+    reasons = [
+        f"\n  {drop['count']} {reason}: "
+        + "; ".join(f"{example['at']}: {example['detail']}" for example in drop["examples"])
+        for reason, drop in counts["dropped"].items()
+    ]
+    remedy = "repair these rows"
+    if "missing_column" in counts["dropped"]:
+        remedy = "set data.columns, as in {prompt: question, chosen: better, rejected: worse}, or repair these rows"
+    elif counts["pairs"]:
+        remedy += ", or raise data.max_bad_fraction"
+    allowed = (
+        f"data.max_bad_fraction allows {max_bad_fraction:g} of them" if counts["pairs"] else "no pair is left"
+    )
+    raise DataError(f"{bad} of {taken} rows are unusable, and {allowed}:{''.join(reasons)}\n{remedy}")
+
+
+def _write_lengths(reports: Sequence[Report], folder: str, attempt: str) -> dict[str, Any]:
+    """The lengths of all pairs as a file of its own, so that planning reads no block."""
+    lengths = Lengths.concatenate([report.lengths for report in reports])
+    name, data = f"{attempt}/lengths.parquet", encode(lengths.to_table())
+    _write(folder, name, data)
+    spread = {
+        "prompt": lengths.chosen_start,
+        "chosen": lengths.chosen - lengths.chosen_start,
+        "rejected": lengths.rejected - lengths.rejected_start,
+        "total": np.maximum(lengths.chosen, lengths.rejected),
+    }
+    return {
+        "lengths": file_entry(name, len(lengths.chosen), data),
+        "percentiles": {part: _percentiles(values) for part, values in spread.items()},
+    }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, int]:
+    """Lengths that this share of the pairs does not exceed."""
+    found = np.percentile(values, [50, 95, 99, 100], method="inverted_cdf")
+    return dict(zip(("p50", "p95", "p99", "max"), map(int, found), strict=True))
+
+
+def _summary(counts: Mapping[str, Any], seconds: float, folder: str) -> str:
+    notes = [f"{drop['count']:,} dropped as {reason}" for reason, drop in counts["dropped"].items()]
+    notes += [f"{count:,} {part} truncated" for part, count in counts["truncated"].items() if count]
+    notes += [f"{counts['ties']:,} ties"] if counts["ties"] else []
+    rate = counts["pairs"] / seconds
+    return (
+        f"prepared {counts['pairs']:,} pairs of {counts['rows']:,} rows in {seconds:.1f} s ({rate:,.0f} pairs/s)"
+        f"{''.join(f', {note}' for note in notes)}: {folder}"
+    )
+
+
+# --- attempts that came to nothing ---
+
+
+def _remove(folder: str, attempt: str) -> None:
+    fs, path = url_to_fs(folder)
+    _remove_folder(fs, f"{path}/{attempt}")
+
+
+def _remove_folder(fs: AbstractFileSystem, path: str) -> None:
+    try:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    except OSError:
+        return  # it takes space and does no harm
+
+
+def _remove_dead_attempts(folder: str, living: str) -> None:
+    """Remove what attempts have left that wrote nothing for a day; a younger one may be another driver at work."""
+    fs, path = url_to_fs(folder)
+    for info in fs.ls(path, detail=True):
+        if info["type"] != "directory" or info["name"].rstrip("/").endswith(living):
+            continue
+        newest = max(map(fs.modified, fs.find(info["name"])), default=None)
+        if newest is not None and datetime.now(UTC) - newest > DEAD_AFTER:
+            _remove_folder(fs, info["name"])
