@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -40,6 +41,21 @@ def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:
     return HfDeepSpeedConfig(dict(ds_config))
 
 
+class _Writer(TorchCheckpointEngine):
+    """Keeps an error of writing until saving is over: the other ranks wait in a barrier for this one."""
+
+    failure: Exception | None = None
+
+    def __init__(self) -> None:
+        super().__init__(config_params=None)
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except Exception as error:
+            self.failure = error
+
+
 class ZeroEngine:
     """A DeepSpeed engine; optimizer states, gradients and weights are sharded by `zero_optimization.stage`."""
 
@@ -61,6 +77,9 @@ class ZeroEngine:
                 config=dict(ds_config),
                 dist_init_required=False,
             )
+        self._writer = _Writer()
+        self._engine.checkpoint_engine = self._writer
+        self._engine._copy_recovery_script = lambda _: None  # export does what that script does
         self.module = module
         self.device = device
         self._scales_loss = bool(ds_config["fp16"]["enabled"])
@@ -70,6 +89,7 @@ class ZeroEngine:
         self._has_frozen = any(not weight.requires_grad for weight in module.parameters())
 
     def forward(self, **inputs: Any) -> Any:
+        self._engine.training = self.module.training
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -99,9 +119,12 @@ class ZeroEngine:
         return float(self._engine.get_lr()[0])
 
     def save(self, folder: Path) -> None:
+        self._writer.failure = None
         self._engine.save_checkpoint(
             str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
         )
+        if self._writer.failure is not None:
+            raise self._writer.failure
 
     def load(self, folder: Path) -> None:
         try:
@@ -116,4 +139,8 @@ class ZeroEngine:
 
 def full_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights in a checkpoint folder, whole and in fp32, on the CPU."""
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    if not any((folder / TAG).glob("*_optim_states.pt")):  # stage 0 shards nothing
+        states = torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        return dict(states["module"])
+    with redirect_stdout(io.StringIO()):  # progress, printed whatever the log level
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

@@ -1,0 +1,135 @@
+"""Build the model that is trained: from a folder, a hub id, or an architecture; with adapters when asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ray_prefopt.config import LoraConfig, ModelConfig
+from ray_prefopt.errors import ModelError, suggest
+
+
+def load_architecture(config: ModelConfig) -> PretrainedConfig:
+    """The transformers config of the model: no weights, seconds at most.
+
+    Raises ModelError when it does not exist, is gated, needs remote code that is not trusted, or is no causal model.
+    """
+    architecture = _built(config) if config.from_config is not None else _read(config)
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
+        raise ModelError(
+            f"model {config.path or config.from_config}: {architecture.model_type} is not a causal language model of "
+            "transformers; use one that AutoModelForCausalLM loads"
+        )
+    if config.disable_dropout:
+        for name, value in architecture.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(architecture, name, 0.0)
+    return architecture
+
+
+def _built(config: ModelConfig) -> PretrainedConfig:
+    options = dict(config.from_config or {})
+    model_type = options.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model.from_config: model_type {model_type!r} is not one of transformers'."
+            f"{suggest(str(model_type), CONFIG_MAPPING)}"
+        )
+    try:
+        return AutoConfig.for_model(model_type, **options)
+    except Exception as error:
+        raise ModelError(f"model.from_config ({model_type}): {first_line(error)}") from error
+
+
+def _read(config: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise ModelError(f"model {config.path}: {why_not_loaded(config.path, error)}") from error
+
+
+def why_not_loaded(path: str | None, error: Exception) -> str:
+    """What a user can do about a model or tokenizer that transformers could not load, in a line."""
+    looks_local = path is not None and (path.startswith((".", "/", "~")) or path.count("/") != 1)
+    if looks_local and not Path(path).is_dir():
+        return "no such folder, and not a hub id (org/name)"
+    if "trust_remote_code" in str(error):
+        return "it comes with its own code; read that code, then set model.trust_remote_code: true"
+    if "gated" in str(error).lower() or "401" in str(error):
+        return "it is gated or private: ask for access on its hub page, then set HF_TOKEN"
+    return first_line(error)
+
+
+def check_tokenizer(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError when the tokenizer has ids that the model has no embedding for."""
+    vocabulary = architecture.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocabulary}: "
+            "use the tokenizer that belongs to the model (model.tokenizer), or resize the model's embeddings first"
+        )
+
+
+def compute_dtype(config: ModelConfig, architecture: PretrainedConfig) -> torch.dtype:
+    """Precision of forward and backward; `auto` is that of the saved weights, fp32 when they do not say."""
+    if config.dtype == "auto":
+        return architecture.dtype or torch.float32
+    dtype = getattr(torch, config.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The model with weights in `dtype`, adapters attached, ready to be given to an engine.
+
+    Under `engine.zero.sharded_construction` each rank gets its shards alone. `seed` is that of random weights and
+    adapters, so that all ranks and all engines start from the same.
+    """
+    architecture = load_architecture(config)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    torch.manual_seed(seed)
+    if config.from_config is not None:
+        model = AutoModelForCausalLM.from_config(architecture, **options)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                config=architecture,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {config.path}: {why_not_loaded(config.path, error)}") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = attach_lora(model, config.lora, seed=seed)
+    return model.train()
+
+
+def attach_lora(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
+    """The model with low-rank adapters, everything else frozen. Raises ModelError when no module matches."""
+    torch.manual_seed(seed)
+    try:
+        # Adapters in the model's own precision: ZeRO refuses a mix.
+        return get_peft_model(
+            model, PeftLoraConfig(task_type="CAUSAL_LM", **lora.model_dump()), autocast_adapter_dtype=False
+        )
+    except ValueError as error:
+        raise ModelError(f"model.lora: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Errors of transformers are a paragraph; the first line says what is wrong."""
+    return str(error).strip().split("\n", 1)[0][:400]

@@ -1,0 +1,273 @@
+"""Checkpoints: every rank writes its own files, and a manifest that is written last says that they are whole.
+
+A folder without a manifest does not exist; one whose files differ from its manifest is torn. Folder names carry a
+random suffix, so that a retry or a worker thought dead can never write into another attempt's files.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import fsspec
+import xxhash
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from ray_prefopt.errors import CheckpointError
+from ray_prefopt.train import ranks
+
+MANIFEST = "MANIFEST.json"
+FOLDER = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
+FORMAT_VERSION = 1
+FileEntry = tuple[str, int, str]
+"""Name relative to the checkpoint's folder, bytes, and xxh3-128."""
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """Where a run is. With the plan it gives back everything that is not weights: random numbers are seeded by step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    order_hash: str = ""
+    """Running hash of the pair ids of those steps (`data.plan.extend_hash`)."""
+    best_value: float | None = None
+    """Best value of run.best_metric so far."""
+    best_step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: str
+    """Folder or URI."""
+    state: LoopState
+    world_size: int
+    files: tuple[FileEntry, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for _, size, _ in self.files)
+
+
+def save_checkpoint(
+    write: Callable[[Path], None], state: LoopState, folder: str, *, extra: dict[str, str], retained: int
+) -> Checkpoint:
+    """Save and commit a checkpoint under `folder`; called by all ranks. Returns what was committed.
+
+    `write` puts this rank's files into an empty local folder; rank 0 adds `extra` (name to text). Afterwards all but
+    the newest `retained` checkpoints and the best one are deleted. Raises CheckpointError on all ranks if any rank
+    could not write, with nothing committed.
+    """
+    fs, root = url_to_fs(folder)
+    name = ranks.broadcast(f"step-{state.step:08d}-{secrets.token_hex(4)}")
+    target = f"{root}/{name}"
+    parts = ranks.all_gather(_attempt(lambda: _write_part(fs, write, target, extra if ranks.rank() == 0 else {})))
+    failures = [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, Exception)]
+    files = tuple(sorted(file for part in parts if not isinstance(part, Exception) for file in part))
+    checkpoint = Checkpoint(f"{folder.rstrip('/')}/{name}", state, ranks.world_size(), files)
+    if not failures and ranks.rank() == 0:
+        failure = _attempt(lambda: _commit(fs, target, checkpoint))
+        failures = [f"rank 0: {failure}"] if failure else []
+    failures = ranks.broadcast(failures)
+    if ranks.rank() == 0:
+        _attempt(lambda: fs.rm(target, recursive=True) if failures else _retain(fs, root, retained, state))
+    if failures:
+        raise CheckpointError(
+            f"step {state.step}: the checkpoint could not be written to {folder}: {'; '.join(failures)}. "
+            "The one before it stands; free space or mend the storage, and start the same command again"
+        )
+    return checkpoint
+
+
+def _attempt(action: Callable[[], T]) -> T | Exception:
+    """The result, or the error as a value: the other ranks have to hear of it before anybody stops."""
+    try:
+        return action()
+    except Exception as error:
+        return error
+
+
+def _write_part(
+    fs: fsspec.AbstractFileSystem, write: Callable[[Path], None], target: str, extra: dict[str, str]
+) -> list[FileEntry]:
+    fs.makedirs(target, exist_ok=True)
+    beside = target if isinstance(fs, LocalFileSystem) else None  # so that publishing is a rename
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".rank-") as private:
+        write(Path(private))
+        for file, text in extra.items():
+            Path(private, file).write_text(text)
+        return [_publish(fs, path, Path(private), target) for path in _files(Path(private))]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _publish(fs: fsspec.AbstractFileSystem, path: Path, private: Path, target: str) -> FileEntry:
+    """Hash a file and put it in its place; a rename where the storage is local."""
+    name = path.relative_to(private).as_posix()
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    size = path.stat().st_size
+    destination = f"{target}/{name}"
+    if isinstance(fs, LocalFileSystem):
+        Path(destination).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, destination)
+    else:
+        fs.put_file(str(path), destination)
+    return name, size, digest.hexdigest()
+
+
+def _commit(fs: fsspec.AbstractFileSystem, target: str, checkpoint: Checkpoint) -> None:
+    body = {
+        "format_version": FORMAT_VERSION,
+        "state": asdict(checkpoint.state),
+        "world_size": checkpoint.world_size,
+        "files": checkpoint.files,
+    }
+    write_text(fs, f"{target}/{MANIFEST}", json.dumps({**body, "hash": _self_hash(body)}, indent=1))
+
+
+def _self_hash(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True))
+
+
+def write_text(fs: fsspec.AbstractFileSystem, path: str, text: str) -> None:
+    """Write a file so that a reader finds the old one or the whole new one, never a part."""
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, text.encode())  # object stores put whole objects
+        return
+    temporary = f"{path}.tmp"
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _retain(fs: fsspec.AbstractFileSystem, root: str, retained: int, state: LoopState) -> None:
+    """Delete all but the newest and the best checkpoints: the manifest first, so that none is ever half there."""
+    folders = _folders(fs, root)
+    keep = {step for step, _ in folders[-retained:]} | {state.step, state.best_step}
+    for step, folder in folders:
+        if step not in keep:
+            fs.rm_file(f"{folder}/{MANIFEST}")
+            fs.rm(folder, recursive=True)
+
+
+def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[int, str]]:
+    """Committed checkpoints as (step, folder), oldest first."""
+    if not fs.exists(root):
+        return []
+    named = ((FOLDER.fullmatch(path.rstrip("/").rsplit("/", 1)[-1]), path) for path in fs.ls(root, detail=False))
+    found = [(int(match[1]), path.rstrip("/")) for match, path in named if match]
+    return sorted(entry for entry in found if fs.exists(f"{entry[1]}/{MANIFEST}"))
+
+
+def open_checkpoint(path: str, *, verify: Literal["sizes", "hashes"] = "hashes") -> Checkpoint:
+    """The checkpoint in a folder. Raises CheckpointError, naming the file, when it is missing, torn or altered."""
+    fs, folder = url_to_fs(path)
+    try:
+        body = json.loads(fs.cat_file(f"{folder}/{MANIFEST}"))
+        stated = body.pop("hash")
+        if stated != _self_hash(body):
+            raise ValueError("its own hash does not match")
+        state = LoopState(**body["state"])
+        files = tuple((name, size, digest) for name, size, digest in body["files"])
+        checkpoint = Checkpoint(path, state, body["world_size"], files)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no checkpoint here ({MANIFEST} is missing)") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}/{MANIFEST}: damaged ({error}); delete the folder to do without it") from error
+    for name, size, digest in files:
+        _verify(fs, f"{folder}/{name}", size, digest, verify)
+    return checkpoint
+
+
+def _verify(fs: fsspec.AbstractFileSystem, path: str, size: int, digest: str, verify: str) -> None:
+    try:
+        found = fs.info(path)["size"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; the checkpoint is not whole") from error
+    if found != size:
+        raise CheckpointError(f"{path}: {found} bytes, its manifest says {size}; the checkpoint is not whole")
+    if verify == "hashes":
+        actual = xxhash.xxh3_128()
+        with fs.open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                actual.update(chunk)
+        if actual.hexdigest() != digest:
+            raise CheckpointError(f"{path}: its content is not what was saved (hash differs)")
+
+
+def latest_checkpoint(
+    folder: str, *, on_bad: Literal["refuse", "fallback"] = "refuse", verify: Literal["sizes", "hashes"] = "hashes"
+) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or None when none was ever committed: then, and only then, step 0.
+
+    Raises CheckpointError when the newest is torn (`refuse`), or all of them are (`fallback`).
+    """
+    fs, root = url_to_fs(folder)
+    folders = _folders(fs, root)
+    for position, (_, path) in enumerate(reversed(folders)):
+        try:
+            return open_checkpoint(fs.unstrip_protocol(path) if "://" in folder else path, verify=verify)
+        except CheckpointError as error:
+            if on_bad == "refuse":
+                raise CheckpointError(f"{error}. run.on_bad_checkpoint: fallback uses the one before") from error
+            if position == len(folders) - 1:
+                raise CheckpointError(f"none of the {len(folders)} checkpoints in {folder} is whole; last: {error}") from error
+            logger.warning("%s; falling back to the checkpoint before", error)
+    return None
+
+
+@contextmanager
+def local_copy(checkpoint: Checkpoint, *, is_first: bool = True) -> Iterator[Path]:
+    """A local folder with the checkpoint's files: its own where the storage is local, else a copy per node.
+
+    Called by all ranks; the one that is first on its node makes the copy and removes it.
+    """
+    fs, folder = url_to_fs(checkpoint.path)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(folder)
+        return
+    copy = Path(tempfile.gettempdir(), ranks.broadcast(f"prefopt-{secrets.token_hex(8)}"))
+    if is_first:
+        for name, _, _ in checkpoint.files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(f"{folder}/{name}", str(copy / name))
+    ranks.all_gather(None)  # nobody reads before it is all there
+    try:
+        yield copy
+    finally:
+        ranks.all_gather(None)  # nor is it gone while somebody reads
+        if is_first:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def better(state: LoopState, value: float) -> LoopState:
+    """The state with `value` (higher is better) as the best one so far, if it is."""
+    if state.best_value is not None and value <= state.best_value:
+        return state
+    return replace(state, best_value=value, best_step=state.step)

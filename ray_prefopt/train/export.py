@@ -1,0 +1,90 @@
+"""From a checkpoint to a Hugging Face folder: safetensors and tokenizer, or an adapter, or the adapter merged in."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ray_prefopt.config import ModelConfig, TrainConfig
+from ray_prefopt.engine.zero import full_weights
+from ray_prefopt.errors import CheckpointError, ConfigError
+from ray_prefopt.model.load import compute_dtype, load_architecture, load_model
+from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, local_copy, open_checkpoint
+
+
+def export(source: str, out: str, *, merge: bool = False) -> str:
+    """Write the model in a checkpoint, or in the newest checkpoint of a run, as a Hugging Face folder; returns `out`.
+
+    With LoRA that is the adapter, or with `merge` the whole model. Raises CheckpointError for a source that holds no
+    whole checkpoint, ConfigError for `merge` without LoRA or an `out` that holds something else.
+    """
+    checkpoint = _find(source)
+    fs, target = url_to_fs(out)
+    if fs.exists(target) and fs.ls(target) and not fs.exists(f"{target}/config.json") and not _is_adapter(fs, target):
+        raise ConfigError(f"{out} is not empty and holds no model: export into another folder")
+    with local_copy(checkpoint) as folder:
+        config = TrainConfig.model_validate_json((folder / "config.json").read_text())
+        if merge and config.model.lora is None:
+            raise ConfigError(f"{source} has no adapter to merge: it was trained without model.lora")
+        model = _with_weights(config.model, _weights(config, folder), seed=config.run.seed)
+    if merge:
+        assert isinstance(model, PeftModel)
+        model = model.merge_and_unload()
+    # Beside its place and then into it, so that nobody loads half a model.
+    beside = str(Path(target).parent) if isinstance(fs, LocalFileSystem) else None
+    fs.makedirs(str(Path(target).parent), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as temporary:
+        staged = Path(temporary, "model")
+        model.save_pretrained(staged)
+        load_tokenizer(config.model, config.data.chat_template).save_pretrained(staged)
+        if isinstance(fs, LocalFileSystem):
+            shutil.rmtree(target, ignore_errors=True)
+            staged.rename(target)
+        else:
+            fs.put(str(staged), target, recursive=True)
+    return out
+
+
+def _is_adapter(fs: object, target: str) -> bool:
+    return bool(fs.exists(f"{target}/adapter_config.json"))  # type: ignore[attr-defined]
+
+
+def _find(source: str) -> Checkpoint:
+    fs, path = url_to_fs(source)
+    if fs.exists(f"{path}/{MANIFEST}"):
+        return open_checkpoint(source)
+    found = latest_checkpoint(f"{source.rstrip('/')}/checkpoints")
+    if found is None:
+        raise CheckpointError(f"{source}: neither a checkpoint nor the folder of a run that has one")
+    return found
+
+
+def _weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
+    if config.engine.kind == "plain":
+        return load_file(folder / "model.safetensors")
+    return full_weights(folder)
+
+
+def _with_weights(config: ModelConfig, weights: dict[str, Tensor], *, seed: int) -> nn.Module:
+    """The model with these weights; under LoRA they are the adapter's, on top of the base model's."""
+    dtype = compute_dtype(config, load_architecture(config))
+    if config.lora is None:  # the architecture is enough: every weight is about to be replaced
+        architecture = load_architecture(config)
+        config = config.model_copy(update={"from_config": architecture.to_dict(), "path": None})
+    model = load_model(config, dtype=dtype, seed=seed)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    missing = {name for name, weight in model.named_parameters() if weight.requires_grad} - weights.keys()
+    missing -= set(getattr(model, "all_tied_weights_keys", None) or {})
+    if unexpected or missing:
+        raise CheckpointError(
+            f"the checkpoint's weights are not those of the model: missing {sorted(missing)[:3]}, "
+            f"unknown {unexpected[:3]}"
+        )
+    return model

@@ -1,0 +1,50 @@
+"""Sums on the device, one reduction and one host sync when somebody wants to read them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TOKEN_MEAN = "nll_loss"
+"""The one metric that is a mean over chosen tokens; all others are means over pairs."""
+
+
+class MetricSums:
+    """Adds up what `losses.objective` returns, over micro-batches and steps; reads as means over all ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add a micro-batch. No host sync, no collective."""
+        for name, value in sums.items():
+            value = value.double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def end_step(self) -> None:
+        """The sums so far belong to one more optimizer step; `loss` is a mean over steps."""
+        self._steps += 1
+
+    def reduce(self) -> dict[str, float]:
+        """Means since the last call, over all ranks, under TRL's names; starts anew. Called by all ranks."""
+        names = sorted(self._sums)
+        totals = torch.stack([self._sums[name] for name in names])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        values = dict(zip(names, totals.tolist(), strict=True))
+        steps, self._sums, self._steps = self._steps, {}, 0
+        return means(values, steps)
+
+
+def means(sums: dict[str, float], steps: int) -> dict[str, float]:
+    """Means from sums over pairs.
+
+    >>> means({"loss": 3.0, "pairs": 4.0, "rewards/margins": 2.0, "completions/chosen_length": 8.0, "nll_loss": 4.0}, 2)
+    {'loss': 1.5, 'rewards/margins': 0.5, 'completions/chosen_length': 2.0, 'nll_loss': 0.5}
+    """
+    pairs, chosen_tokens = sums["pairs"], sums["completions/chosen_length"]
+    return {
+        name: value / (steps if name == "loss" else chosen_tokens if name == TOKEN_MEAN else pairs)
+        for name, value in sums.items()
+        if name != "pairs"
+    }

@@ -1,0 +1,90 @@
+"""One optimizer step, and one evaluation: functions of an engine, micro-batches and an objective."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ray_prefopt.data.collate import PairBatch
+from ray_prefopt.data.plan import Ids
+from ray_prefopt.engine.base import Engine
+from ray_prefopt.errors import NonFiniteError
+from ray_prefopt.losses.objective import Objective, StepTotals
+from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.train.metrics import MetricSums
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What a rank needs for a step."""
+
+    step: int
+    totals: StepTotals
+    micro_batches: Sequence[PairBatch]
+    micro_ids: Sequence[Ids]
+    """Pair ids of each micro-batch; empty for filler."""
+
+
+def train_step(engine: Engine, inputs: StepInput, objective: Objective, metrics: MetricSums) -> float:
+    """Forward and backward over the micro-batches, then one update; returns the gradient norm before clipping.
+
+    Raises NonFiniteError on every rank, before anything moved, with the pairs of the first bad micro-batch.
+    """
+    keep_logits = keeps_logits(engine.module)
+    losses = []
+    for batch in inputs.micro_batches:
+        batch = batch.to(engine.device)
+        logps = pair_logps(engine.forward, batch, keep_logits=keep_logits)
+        loss, sums = objective(logps, batch.weights_B, inputs.totals)
+        engine.backward(loss)
+        losses.append(loss.detach())
+        metrics.add(sums)
+    _check_finite(torch.stack(losses), inputs)
+    try:
+        norm = engine.step()
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"step {inputs.step + 1}: {error}, though every loss is finite; nothing was updated. {REMEDY}"
+        ) from None
+    metrics.end_step()
+    return norm
+
+
+REMEDY = (
+    "Start again from the last checkpoint with a smaller optim.learning_rate or beta, model.dtype: bfloat16 instead of "
+    "float16, or without these pairs"
+)
+
+
+def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
+    """One small reduction per step, so that all ranks stop together."""
+    is_bad = ~torch.isfinite(losses)
+    any_bad = is_bad.any().float()
+    if dist.is_initialized():
+        dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+    if not any_bad.item():
+        return
+    if not is_bad.any():
+        raise NonFiniteError(f"step {inputs.step + 1}: another rank has a loss that is not finite; nothing was updated")
+    micro = int(is_bad.nonzero()[0])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    raise NonFiniteError(
+        f"step {inputs.step + 1}, rank {rank}: the loss of micro-batch {micro} is {losses[micro].item()}, "
+        f"pair ids {inputs.micro_ids[micro].tolist()}; nothing was updated. {REMEDY}"
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterable[PairBatch], objective: Objective, totals: StepTotals) -> dict[str, float]:
+    """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice."""
+    keep_logits = keeps_logits(engine.module)
+    metrics = MetricSums()
+    engine.module.eval()
+    for batch in batches:
+        batch = batch.to(engine.device)
+        _, sums = objective(pair_logps(engine.forward, batch, keep_logits=keep_logits), batch.weights_B, totals)
+        metrics.add(sums)
+    engine.module.train()
+    metrics.end_step()
+    return metrics.reduce()
