@@ -24,7 +24,7 @@ Form = Literal["auto", "standard", "conversational"]
 AssistantHeader = Literal["trl", "official"]
 Message = dict[str, Any]
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ def _message(value: Any, name: str) -> Message:
     message = {key: field for key, field in value.items() if field is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise _RowError("bad_role", f"a role in {name!r} is one of {sorted(ROLES)}; got {reprlib.repr(role)}")
+        raise _RowError("bad_role", f"a role in {name!r} is one of {ROLES}; got {reprlib.repr(role)}")
     if content is not None and _is_list(content):
         message["content"] = list(content)
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]

@@ -1,0 +1,280 @@
+"""Splits, BOS, EOS and limits, with ids worked out by hand.
+
+The hand tokenizer has one token per letter, numbered a=0, b=1, ..., then its merges, then BOS and EOS.
+"""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_prefopt.data.formats import PreferencePair, Skipped
+from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
+from tests.tiny import CHATS, CORPUS, merge_tokenizer, tiny_tokenizer
+
+A, B, C, D, E, F, X, BOS, EOS = range(9)
+LETTERS = merge_tokenizer("abcdefx", [], bos_token="<s>", eos_token="</s>")
+NO_BOS = merge_tokenizer("abcdefx", [], eos_token="</s>")
+ROOMY = LengthLimits(1000, 500, None, "keep_end")
+
+
+def one(
+    prompt: str,
+    chosen: str,
+    rejected: str,
+    tokenizer: Any = LETTERS,
+    limits: LengthLimits = ROOMY,
+    **kind: bool,
+) -> TokenizedPair | Skipped:
+    (result,) = tokenize_pairs([PreferencePair(prompt, chosen, rejected, **kind)], tokenizer, limits)
+    return result
+
+
+def limits(
+    max_length: int, max_prompt: int | None = None, max_completion: int | None = None, mode: Any = "keep_end"
+) -> LengthLimits:
+    return LengthLimits(max_length, max_prompt, max_completion, mode)
+
+
+# --- splits ---
+
+
+def test_prompt_and_completion_are_joined_and_ended() -> None:
+    expected = TokenizedPair([BOS, A, B, C, EOS], [BOS, A, B, D, E, EOS], 3, 3)
+    assert one("ab", "c", "de") == expected
+
+
+def test_a_block_keeps_its_order_and_its_skips() -> None:
+    pairs = [PreferencePair("a", "b", "c"), PreferencePair("a", "", "c"), PreferencePair("d", "e", "f")]
+    first, skipped, last = tokenize_pairs(pairs, LETTERS, ROOMY)
+    assert first == TokenizedPair([BOS, A, B, EOS], [BOS, A, C, EOS], 2, 2)
+    assert skipped == Skipped("empty_completion", "chosen adds no token to its prompt")
+    assert last == TokenizedPair([BOS, D, E, EOS], [BOS, D, F, EOS], 2, 2)
+
+
+def test_an_empty_block_has_no_pairs() -> None:
+    assert tokenize_pairs([], LETTERS, ROOMY) == []
+
+
+def test_a_token_over_the_boundary_is_scored() -> None:
+    """'bc' is one token, so 'xab' + 'c' is x, a, bc: the prompt keeps two of its three tokens."""
+    tokenizer = merge_tokenizer("abcx", [("b", "c")], eos_token="</s>")
+    a, b, _, x, bc, eos = range(6)
+    assert one("xab", "c", "a", tokenizer) == TokenizedPair([x, a, bc, eos], [x, a, b, a, eos], 2, 3)
+
+
+def test_a_split_steps_back_as_far_as_it_has_to() -> None:
+    """'xabcdef' is x, ab, cd, ef; with 'g' after it, x, a, bc, de, fg."""
+    merges = [("f", "g"), ("e", "f"), ("d", "e"), ("c", "d"), ("b", "c"), ("a", "b")]
+    tokenizer = merge_tokenizer("abcdefgx", merges, eos_token="</s>")
+    a, x = 0, 7
+    fg, ef, de, cd, bc, ab, eos = range(8, 15)
+    pair = one("xabcdef", "g", "x", tokenizer)
+    assert pair == TokenizedPair([x, a, bc, de, fg, eos], [x, ab, cd, ef, x, eos], 1, 4)
+
+
+def test_a_merge_that_swallows_the_prompt_leaves_its_bos() -> None:
+    merges = [("b", "c"), ("a", "bc")]
+    with_bos = merge_tokenizer("abc", merges, bos_token="<s>", eos_token="</s>")
+    a, b, _, _, abc, bos, eos = range(7)
+    assert one("ab", "c", "b", with_bos) == TokenizedPair([bos, abc, eos], [bos, a, b, b, eos], 1, 3)
+    without = merge_tokenizer("abc", merges, eos_token="</s>")
+    assert one("ab", "c", "b", without) == Skipped(
+        "empty_prompt", "the prompt has no token, and the tokenizer has no BOS for its place"
+    )
+
+
+def test_an_empty_prompt_is_its_bos() -> None:
+    assert one("", "a", "b") == TokenizedPair([BOS, A, EOS], [BOS, B, EOS], 1, 1)
+    skipped = one("", "a", "b", NO_BOS)
+    assert isinstance(skipped, Skipped)
+    assert skipped.reason == "empty_prompt"
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "name"), [("", "b", "chosen"), ("b", "", "rejected")])
+def test_an_empty_completion_is_skipped_rather_than_ended(chosen: str, rejected: str, name: str) -> None:
+    assert one("a", chosen, rejected) == Skipped("empty_completion", f"{name} adds no token to its prompt")
+
+
+# --- BOS and EOS ---
+
+
+def test_bos_in_the_text_is_not_repeated() -> None:
+    assert one("<s>a", "b", "c") == TokenizedPair([BOS, A, B, EOS], [BOS, A, C, EOS], 2, 2)
+
+
+def test_eos_in_the_text_is_not_repeated() -> None:
+    assert one("a", "b</s>", "c") == TokenizedPair([BOS, A, B, EOS], [BOS, A, C, EOS], 2, 2)
+
+
+def test_a_tokenizer_without_eos_ends_nothing() -> None:
+    tokenizer = merge_tokenizer("ab", [])
+    assert one("a", "b", "a", tokenizer) == TokenizedPair([0, 1], [0, 0], 1, 1)
+
+
+TEMPLATED_ENDS = [
+    ("chatml", "yes<|im_end|>", []),
+    ("chatml", "yes<|im_end|>\n", []),
+    ("chatml", "yes<|im_end|> \n\t\n", []),
+    ("chatml", "yes<|endoftext|>\n", []),  # a special token, though not the EOS
+    ("chatml", "yes\n", ["<|im_end|>"]),
+    ("chatml", "<|im_end|>yes\n", ["<|im_end|>"]),
+    ("chatml", "\n \n", ["<|im_end|>"]),
+    ("llama3", "yes<|eot_id|>", []),
+    ("llama3", "yes", ["<|end_of_text|>"]),
+    ("gemma", "yes<end_of_turn>\n", []),
+    ("mistral", " yes</s>", []),
+]
+
+
+@pytest.mark.parametrize(("chat", "answer", "ending"), TEMPLATED_ENDS)
+def test_a_templated_answer_is_ended_only_when_it_is_open(chat: str, answer: str, ending: list[str]) -> None:
+    tokenizer = tiny_tokenizer(chat)
+    pair = one("hello 1", answer, answer, tokenizer, templated=True)
+    assert isinstance(pair, TokenizedPair)
+    written = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert pair.chosen[pair.chosen_start :] == written + tokenizer.convert_tokens_to_ids(ending)
+
+
+def test_plain_text_is_ended_whatever_it_ends_with() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    pair = one("hello", " yes<|im_end|>\n", " no<|im_end|>", tokenizer)
+    assert isinstance(pair, TokenizedPair)
+    end = tokenizer.eos_token_id
+    assert [ids.count(end) for ids in (pair.chosen, pair.rejected)] == [2, 1]
+    assert [ids[-1] for ids in (pair.chosen, pair.rejected)] == [end, end]
+
+
+# --- limits ---
+
+
+def test_nothing_is_cut_at_the_limit() -> None:
+    pair = one("abcd", "ef", "e", limits=limits(8, 2))  # BOS a b c d e f EOS
+    assert pair == TokenizedPair([BOS, A, B, C, D, E, F, EOS], [BOS, A, B, C, D, E, EOS], 5, 5)
+
+
+def test_the_prompt_is_cut_first_and_the_completions_to_what_is_left() -> None:
+    pair = one("abcde", "fxfx", "f", limits=limits(7, 3))
+    assert pair == TokenizedPair([BOS, D, E, F, X, F, X], [BOS, D, E, F, EOS], 3, 3, ("prompt", "chosen"))
+
+
+def test_a_long_completion_cuts_the_prompt_of_both_branches() -> None:
+    pair = one("abcd", "f", "fxfxf", limits=limits(9, 3))
+    assert pair == TokenizedPair([BOS, C, D, F, EOS], [BOS, C, D, F, X, F, X, F, EOS], 3, 3, ("prompt",))
+
+
+def test_keep_start_keeps_the_start() -> None:
+    pair = one("abcde", "fxfx", "f", limits=limits(7, 3, mode="keep_start"))
+    assert pair == TokenizedPair([BOS, A, B, F, X, F, X], [BOS, A, B, F, EOS], 3, 3, ("prompt", "chosen"))
+
+
+def test_without_bos_the_whole_limit_is_for_the_prompt() -> None:
+    pair = one("abcde", "fx", "f", NO_BOS, limits(6, 2))
+    eos = NO_BOS.eos_token_id
+    assert pair == TokenizedPair([D, E, F, X, eos], [D, E, F, eos], 2, 2, ("prompt",))
+
+
+def test_a_short_prompt_is_left_alone_and_the_completions_cut() -> None:
+    pair = one("a", "bcdef", "x", limits=limits(4, 3))
+    assert pair == TokenizedPair([BOS, A, B, C], [BOS, A, X, EOS], 2, 2, ("chosen",))
+
+
+def test_without_a_prompt_limit_the_completion_keeps_one_token() -> None:
+    pair = one("abcdef", "xx", "f", limits=limits(4))
+    assert pair == TokenizedPair([BOS, E, F, X], [BOS, E, F, F], 3, 3, ("prompt", "chosen", "rejected"))
+
+
+def test_a_prompt_limit_as_large_as_max_length_still_leaves_one_token() -> None:
+    pair = one("abcdef", "xx", "f", limits=limits(4, 10))
+    assert pair == TokenizedPair([BOS, E, F, X], [BOS, E, F, F], 3, 3, ("prompt", "chosen", "rejected"))
+
+
+def test_completions_have_a_limit_of_their_own() -> None:
+    pair = one("abc", "defx", "d", limits=limits(100, 50, 2))
+    assert pair == TokenizedPair([BOS, A, B, C, D, E], [BOS, A, B, C, D, EOS], 4, 4, ("chosen",))
+
+
+def test_a_completion_that_was_cut_may_save_the_prompt() -> None:
+    pair = one("abc", "defxdef", "d", limits=limits(6, 2, 2))
+    assert pair == TokenizedPair([BOS, A, B, C, D, E], [BOS, A, B, C, D, EOS], 4, 4, ("chosen",))
+
+
+def test_both_branches_lose_the_same_tokens() -> None:
+    """'de' is one token, so the prompt 'xabcd' has a token less before 'ee' than before 'xx'."""
+    tokenizer = merge_tokenizer("abcdex", [("d", "e")], bos_token="<s>", eos_token="</s>")
+    a, _, c, d, e, x, de, bos, eos = range(9)
+    keep_end = one("xabcd", "ee", "xx", tokenizer, limits(7, 3))
+    assert keep_end == TokenizedPair([bos, c, de, e, eos], [bos, c, d, x, x, eos], 2, 3, ("prompt",))
+    keep_start = one("xabcd", "ee", "xx", tokenizer, limits(7, 3, mode="keep_start"))
+    assert keep_start == TokenizedPair([bos, x, a, de, e, eos], [bos, x, a, x, x, eos], 3, 3, ("prompt",))
+
+
+def test_a_prompt_that_cannot_be_cut_far_enough_is_skipped() -> None:
+    """Only BOS is prompt in both branches, so the rejected one's long prompt cannot be cut for both."""
+    merges = [("f", "x"), ("e", "fx"), ("d", "efx"), ("c", "defx"), ("b", "cdefx"), ("a", "bcdefx")]
+    tokenizer = merge_tokenizer("abcdefx", merges, bos_token="<s>", eos_token="</s>")
+    skipped = one("abcdef", "x", "a", tokenizer, limits(4, 3))
+    assert skipped == Skipped("empty_completion", "no completion token fits max_length (4)")
+
+
+# --- whatever the text ---
+
+PIECES = [
+    *" ".join(CORPUS).split(" "),
+    " ",
+    "  ",
+    "\n",
+    "</s>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<s>",
+    "e\u0301",
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map("".join)
+
+
+@settings(deadline=None)
+@given(
+    chat=st.sampled_from(sorted(CHATS)),
+    texts=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=4),
+    templated=st.booleans(),
+    max_length=st.integers(2, 40),
+    max_prompt=st.none() | st.integers(1, 30),
+    max_completion=st.none() | st.integers(1, 10),
+    mode=st.sampled_from(["keep_end", "keep_start"]),
+)
+def test_what_always_holds(
+    chat: str,
+    texts: list[tuple[str, str, str]],
+    templated: bool,
+    max_length: int,
+    max_prompt: int | None,
+    max_completion: int | None,
+    mode: Any,
+) -> None:
+    tokenizer = tiny_tokenizer(chat)
+    bounds = LengthLimits(max_length, max_prompt, max_completion, mode)
+    pairs = [PreferencePair(*each, templated=templated) for each in texts]
+    results = tokenize_pairs(pairs, tokenizer, bounds)
+    assert [tokenize_pairs([pair], tokenizer, bounds)[0] for pair in pairs] == results  # blocks do not matter
+    for result, pair in zip(results, pairs, strict=True):
+        if isinstance(result, Skipped):
+            assert result.reason in ("empty_completion", "empty_prompt")
+            continue
+        shared = min(result.chosen_start, result.rejected_start)
+        assert result.chosen[:shared] == result.rejected[:shared]
+        branches = (
+            (result.chosen, result.chosen_start, pair.chosen),
+            (result.rejected, result.rejected_start, pair.rejected),
+        )
+        for ids, start, completion in branches:
+            assert 1 <= start < len(ids) <= max_length
+            assert max_completion is None or len(ids) - start <= max_completion
+            assert tokenizer.bos_token_id in (None, ids[0])
+            if not result.truncated:
+                text = tokenizer.decode(ids)
+                whole = tokenizer.decode(
+                    tokenizer(pair.prompt + completion, add_special_tokens=False)["input_ids"]
+                )
+                assert whole in text
