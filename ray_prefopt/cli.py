@@ -24,16 +24,16 @@ from pydantic import BaseModel
 
 from ray_prefopt import __version__
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.errors import ConfigError, PrefoptError
+from ray_prefopt.errors import ConfigError, PrefoptError, suggest
 from ray_prefopt.settings import (
     Option,
     config_schema,
     dump_yaml,
     load_config,
+    nearest_fields,
     options,
     sections,
     split_flags,
-    suggest,
 )
 
 EXIT_CODES = """\
@@ -210,7 +210,7 @@ def _nearest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
     typed = flag.partition("=")[0]
     own = [name for action in parser._actions for name in action.option_strings]
     close = difflib.get_close_matches(typed, own, 1) or [
-        f"--{name}" for name in suggest(typed.lstrip("-"), list(options()))
+        f"--{name}" for name in nearest_fields(typed.lstrip("-"), list(options()))
     ]
     return f" Did you mean {' or '.join(close)}?" if close else f" See {parser.prog} --help"
 
@@ -323,9 +323,8 @@ def _dispatch(given: Sequence[str], out: TextIO) -> int:
         return 0
     name = given[0]
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        advice = f"Did you mean {close[0]}?" if close else f"The commands are {', '.join(COMMANDS)}."
-        raise ConfigError(f"{name} is not a command of ray-prefopt. {advice}")
+        advice = suggest(name, COMMANDS) or f" The commands are {', '.join(COMMANDS)}."
+        raise ConfigError(f"{name} is not a command of ray-prefopt.{advice}")
     own, flags = split_flags(given[1:])
     if not {"-h", "--help"}.isdisjoint(own):
         print(command_help(name), file=out)

@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from ray_prefopt.config import Source, TrainConfig
-from ray_prefopt.errors import ConfigError
+from ray_prefopt.errors import ConfigError, suggest
 
 Keys = tuple[str | int, ...]
 
@@ -120,12 +120,12 @@ def sections() -> Mapping[str, str]:
     return {name: texts[name] for name in TrainConfig.model_fields}
 
 
-def suggest(name: str, known: Sequence[str]) -> list[str]:
+def nearest_fields(name: str, known: Sequence[str]) -> list[str]:
     """The known dotted names that `name` may stand for, likeliest first, at most three.
 
-    >>> suggest("loss.bata", ["loss.beta", "optim.betas", "run.name"])
+    >>> nearest_fields("loss.bata", ["loss.beta", "optim.betas", "run.name"])
     ['loss.beta']
-    >>> suggest("loss.lr", ["loss.beta", "optim.learning_rate"])
+    >>> nearest_fields("loss.lr", ["loss.beta", "optim.learning_rate"])
     ['optim.learning_rate']
     """
     name = name.replace("-", "_")
@@ -372,7 +372,7 @@ def _read_flags(arguments: Sequence[str]) -> _Flags:
     """Nested values of `--section.field value` flags; `-` and `_` are the same in names, a bare flag means true."""
     rest, flags = split_flags(arguments)
     if rest:
-        names = [f"--{name}" for name in suggest(rest[0].lstrip("-").partition("=")[0], list(options()))]
+        names = [f"--{name}" for name in nearest_fields(rest[0].lstrip("-").partition("=")[0], list(options()))]
         raise ConfigError(f"{rest[0]} is not a flag of the config.{_did_you_mean(names)}")
     plain: list[str] = []
     keyed: list[dict[str, Any]] = []
@@ -391,7 +391,7 @@ def _read_flags(arguments: Sequence[str]) -> _Flags:
         elif option is None and name not in sections():
             known = [*options(), *sections()]
             raise ConfigError(
-                f"{typed} is not a field.{_did_you_mean([f'--{other}' for other in suggest(name, known)])}"
+                f"{typed} is not a field.{_did_you_mean([f'--{other}' for other in nearest_fields(name, known)])}"
             )
         if not has_value and (option is None or not option.takes(bool)):
             raise ConfigError(f"{typed} needs a value: {typed} VALUE")
@@ -606,15 +606,13 @@ class _Problems:
         if details["loc"][-1] == "[key]":
             expected = details.get("ctx", {}).get("expected")
             return self._place(keys, f"is not a key of {_dotted(keys[:-1])}; its keys are {expected}")
-        value = self.values
+        value: Any = self.values
         for key in keys:
-            value = value[key]  # type: ignore[index]
+            value = value[key]
         expected = " or ".join(dict.fromkeys(map(_expectation, found)))
-        close = ""
-        choices = options()[_dotted(keys)].choices if _dotted(keys) in options() else ()
-        if isinstance(value, str) and choices:
-            close = _did_you_mean(difflib.get_close_matches(value, list(map(str, choices)), 1))
-        return self._place(keys, f"must be {expected}; got {_show(value)}{'.' * bool(close)}{close}")
+        option = options().get(_dotted(keys))
+        advice = suggest(value, map(str, option.choices)) if option and isinstance(value, str) else ""
+        return self._place(keys, f"must be {expected}; got {_show(value)}{'.' if advice else ''}{advice}")
 
     def _unknown(self, keys: Keys) -> str:
         name = _dotted(keys)
@@ -632,7 +630,7 @@ class _Problems:
         )
         sentence = self._place(keys, "is not a field.")
         dashes = "--" if sentence.startswith("--") else ""
-        return sentence + _did_you_mean([dashes + other for other in suggest(name, known)])
+        return sentence + _did_you_mean([dashes + other for other in nearest_fields(name, known)])
 
     def _contradiction(self, keys: Keys, message: str) -> str:
         """A validator's message, at the first field that it speaks of and that somebody set."""

@@ -1,0 +1,27 @@
+"""Every module of the package can be imported by itself."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+import ray_prefopt
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(ray_prefopt.__path__, "ray_prefopt.")
+    if not module.name.endswith("__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_version_is_that_of_the_package_metadata() -> None:
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        assert metadata.version("ray-prefopt") == ray_prefopt.__version__
+    except metadata.PackageNotFoundError:
+        pytest.skip("the package is on the path, not installed")
