@@ -48,6 +48,7 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__(config_params=None)
+        self.zipfile_serialization = True
 
     def save(self, state_dict: Mapping[str, Any], path: str) -> None:
         try:

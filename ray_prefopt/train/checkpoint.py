@@ -145,7 +145,7 @@ def _commit(fs: fsspec.AbstractFileSystem, target: str, checkpoint: Checkpoint) 
 
 
 def _self_hash(body: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
 def write_text(fs: fsspec.AbstractFileSystem, path: str, text: str) -> None:
