@@ -12,9 +12,9 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,23 +37,19 @@ from ray_prefopt.data.blocks import (
     Blocks,
     Lengths,
     encode,
-    encode_block,
     file_entry,
     has_blocks,
     open_blocks,
-    write_file,
     write_manifest,
 )
-from ray_prefopt.data.formats import AssistantHeader, ChatTemplate, Form, PreferencePair, Skipped, to_pair
-from ray_prefopt.data.sources import Chunk, Lane, PairColumn, Row, copies, lanes, parse, read_chunks
-from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
+from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, read_task, tokenize_task, write
+from ray_prefopt.data.rows import Lane
+from ray_prefopt.data.sources import lanes
+from ray_prefopt.data.tokenization import LengthLimits
 from ray_prefopt.errors import DataError, PrefoptError
 from ray_prefopt.model.tokenizer import load_tokenizer
 
 CHUNK_ROWS = 1000
-EXAMPLES = 3
-"""Rows that the manifest shows for each reason to drop one."""
-EXAMPLE_LENGTH = 200
 CPUS_PER_READER = 16
 DEAD_AFTER = timedelta(days=1)
 """Age from which an unfinished attempt at writing blocks is taken for dead."""
@@ -92,7 +88,7 @@ def prepare(
         tokenizer=pickle.dumps(tokenizer),
         limits=_limits(data),
         form=data.format,
-        columns=data.columns,
+        columns=dict(data.columns.items()),
         assistant_header=data.assistant_header,
         weights=tuple(source.weight for source in sources),
     )
@@ -173,132 +169,6 @@ def _blocks_folder(storage: str, fingerprint: str) -> str:
     return f"{root}/blocks/{fingerprint}"
 
 
-# --- the work of one task ---
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizeJob:
-    """What every tokenizing task is told."""
-
-    folder: str
-    attempt: str
-    tokenizer: bytes
-    """Pickled on the driver, so that nodes need no access to its files, and all use the same."""
-    limits: LengthLimits
-    form: Form
-    columns: Mapping[PairColumn, str]
-    assistant_header: AssistantHeader
-    weights: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """How many copies of rows were dropped for one reason, and where the first of them are."""
-
-    count: int
-    examples: tuple[tuple[str, str], ...]
-    """Place and detail."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What became of a chunk."""
-
-    key: tuple[int, int, int]
-    block: dict[str, Any] | None
-    """Its file in the manifest; none when no row was usable."""
-    rows: int
-    taken: int
-    """Rows times their weights."""
-    lengths: Lengths
-    dropped: dict[str, Drop] = field(default_factory=dict)
-    truncated: Counter[str] = field(default_factory=Counter)
-    ties: int = 0
-
-
-def tokenize_chunk(chunk: Chunk, job: TokenizeJob) -> Report:
-    """Turn a chunk into a block: pairs in the order of the rows, copies of a row next to each other."""
-    tokenizer = _tokenizer(job.tokenizer)
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-    weight = job.weights[chunk.source]
-    times = [copies(chunk.first_row + index, weight) for index in range(len(chunk.rows))]
-    taken = [index for index, count in enumerate(times) if count]
-    formatted = {index: _format_row(chunk.rows[index], template, job) for index in taken}
-    pairs = {index: pair for index, pair in formatted.items() if isinstance(pair, PreferencePair)}
-    tokenized = dict(zip(pairs, tokenize_pairs(list(pairs.values()), tokenizer, job.limits), strict=True))
-
-    kept: list[TokenizedPair] = []
-    dropped: dict[str, Drop] = {}
-    truncated: Counter[str] = Counter()
-    ties = 0
-    for index in taken:
-        result = tokenized.get(index, formatted[index])
-        if isinstance(result, TokenizedPair):
-            kept += [result] * times[index]
-            truncated.update(dict.fromkeys(result.truncated, times[index]))
-            ties += times[index] * pairs[index].is_tie
-        elif isinstance(result, Skipped):
-            drop = Drop(
-                times[index], ((f"{chunk.file}:{chunk.numbers[index]}", result.detail[:EXAMPLE_LENGTH]),)
-            )
-            dropped[result.reason] = _add(dropped.get(result.reason), drop)
-    return Report(
-        key=chunk.key,
-        block=_write_block(kept, chunk, job) if kept else None,
-        rows=len(chunk.rows),
-        taken=sum(times),
-        lengths=Lengths.of(kept),
-        dropped=dropped,
-        truncated=truncated,
-        ties=ties,
-    )
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(pickled: bytes) -> PreTrainedTokenizerBase:
-    """The tokenizer of this process. Its own threads would compete with the other tasks of the node."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer: PreTrainedTokenizerBase = pickle.loads(pickled)
-    return tokenizer
-
-
-def _format_row(row: Row, template: ChatTemplate | None, job: TokenizeJob) -> PreferencePair | Skipped:
-    columns = parse(row)
-    if isinstance(columns, Skipped):
-        return columns
-    return to_pair(
-        columns,
-        template,
-        form=job.form,
-        columns=dict(job.columns.items()),
-        assistant_header=job.assistant_header,
-    )
-
-
-def _add(one: Drop | None, other: Drop) -> Drop:
-    if one is None:
-        return other
-    return Drop(one.count + other.count, (one.examples + other.examples)[:EXAMPLES])
-
-
-def _write_block(pairs: Sequence[TokenizedPair], chunk: Chunk, job: TokenizeJob) -> dict[str, Any]:
-    name = "{}/part-{:03d}-{:05d}-{:06d}.parquet".format(job.attempt, *chunk.key)
-    data = encode_block(pairs)
-    _write(job.folder, name, data)
-    return file_entry(name, len(pairs), data)
-
-
-def _write(folder: str, name: str, data: bytes) -> None:
-    fs, path = url_to_fs(folder)
-    try:
-        write_file(fs, f"{path}/{name}", data)
-    except OSError as error:
-        raise DataError(
-            f"{folder}/{name} cannot be written ({error}): free some space or allow the access, or set "
-            "run.storage_path to another place"
-        ) from error
-
-
 # --- Ray Data ---
 
 
@@ -317,10 +187,8 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
             ray.data.from_items(
                 [{"lane": pickle.dumps(lane)} for lane in work], override_num_blocks=len(work)
             )
-            .flat_map(
-                partial(_read_task, rows=chunk_rows), num_cpus=0, compute=TaskPoolStrategy(size=readers)
-            )
-            .map(partial(_tokenize_task, job=job), num_cpus=1)
+            .flat_map(partial(read_task, rows=chunk_rows), num_cpus=0, compute=TaskPoolStrategy(size=readers))
+            .map(partial(tokenize_task, job=job), num_cpus=1)
         )
         try:
             for row in results.iter_rows():
@@ -335,15 +203,6 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
 def _cluster_cpus() -> int:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return int(resources.get("CPU", 1))
-
-
-def _read_task(row: Mapping[str, Any], *, rows: int) -> Iterator[dict[str, Any]]:
-    for chunk in read_chunks(pickle.loads(row["lane"]), rows=rows):
-        yield {"chunk": pickle.dumps(chunk)}
-
-
-def _tokenize_task(row: Mapping[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
-    return {"report": pickle.dumps(tokenize_chunk(pickle.loads(row["chunk"]), job))}
 
 
 def _cause(error: BaseException | None) -> PrefoptError | None:
@@ -379,7 +238,7 @@ def _counts(reports: Sequence[Report]) -> dict[str, Any]:
     for report in reports:
         truncated.update(report.truncated)
         for reason, drop in report.dropped.items():
-            dropped[reason] = _add(dropped.get(reason), drop)
+            dropped[reason] = dropped[reason] + drop if reason in dropped else drop
     taken = sum(report.taken for report in reports)
     pairs = sum(len(report.lengths.chosen) for report in reports)
     assert taken == pairs + sum(drop.count for drop in dropped.values())
@@ -425,7 +284,7 @@ def _write_lengths(reports: Sequence[Report], folder: str, attempt: str) -> dict
     """The lengths of all pairs as a file of its own, so that planning reads no block."""
     lengths = Lengths.concatenate([report.lengths for report in reports])
     name, data = f"{attempt}/lengths.parquet", encode(lengths.to_table())
-    _write(folder, name, data)
+    write(folder, name, data)
     spread = {
         "prompt": lengths.chosen_start,
         "chosen": lengths.chosen - lengths.chosen_start,
