@@ -71,7 +71,7 @@ def expand(source: Source) -> list[InputFile]:
             return _saved_files(fs, local, source)
         found = _folder_files(fs, local, path)
     elif is_glob:
-        found = sorted(name for name in fs.glob(local) if fs.isfile(name))
+        found = sorted(name for name in fs.glob(local) if fs.isfile(name) and not _base(name).startswith("."))
         if not found:
             raise DataError(f"no file matches {path}: check the pattern, or name a folder or file")
     else:
@@ -114,6 +114,10 @@ def _input_file(fs: AbstractFileSystem, name: str) -> InputFile:
     return InputFile(_uri(fs, name), kind, compression, _stamp(fs, name))
 
 
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def _uri(fs: AbstractFileSystem, name: str) -> str:
     return name if "file" in fs.protocol else str(fs.unstrip_protocol(name))
 
@@ -145,7 +149,7 @@ def _refuse_split(source: Source) -> None:
 def _folder_files(fs: AbstractFileSystem, local: str, path: str) -> list[str]:
     """Files with rows directly in a folder; others, such as README.md, are passed over."""
     names = sorted(info["name"] for info in fs.ls(local, detail=True) if info["type"] == "file")
-    names = [name for name in names if _format(name) and not name.rpartition("/")[2].startswith((".", "_"))]
+    names = [name for name in names if _format(name) and not _base(name).startswith((".", "_"))]
     if not names:
         raise DataError(
             f"the folder {path} has no data file: need one of {', '.join(FORMATS)} directly in it"
@@ -156,8 +160,7 @@ def _folder_files(fs: AbstractFileSystem, local: str, path: str) -> list[str]:
     )
     if training and held_out:
         raise DataError(
-            f"the folder {path} has training and held-out files ({training[0].rpartition('/')[2]}, "
-            f"{held_out[0].rpartition('/')[2]}): name the files, or a glob such as {path.rstrip('/')}/train*"
+            f"the folder {path} has training and held-out files ({_base(training[0])}, {_base(held_out[0])}): name the files, or a glob such as {path.rstrip('/')}/train*"
         )
     return names
 
