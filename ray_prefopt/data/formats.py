@@ -82,7 +82,8 @@ class _RowError(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.skipped = Skipped(reason, detail)
+        printable = detail[:300].encode(errors="backslashreplace").decode()
+        self.skipped = Skipped(reason, printable)
 
 
 def to_pair(
@@ -240,12 +241,12 @@ def _message(value: Any, name: str) -> Message:
     """A message without its null fields, which Arrow adds where other rows have a value."""
     if not isinstance(value, Mapping):
         raise _RowError("not_text", f"{name!r} is a list of messages; got {reprlib.repr(value)} in it")
-    message = {key: field for key, field in value.items() if field is not None}
+    lists = {key: field.tolist() for key, field in value.items() if isinstance(field, np.ndarray)}
+    message = {key: field for key, field in {**value, **lists}.items() if field is not None}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise _RowError("bad_role", f"a role in {name!r} is one of {ROLES}; got {reprlib.repr(role)}")
-    if content is not None and _is_list(content):
-        message["content"] = list(content)
+    if isinstance(content, list | tuple):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     else:
         texts = [] if content is None and message.get("tool_calls") else [content]
@@ -279,7 +280,7 @@ def _json(row: Mapping[str, Any], name: str) -> Any:
         return value.tolist() if isinstance(value, np.ndarray) else value
     try:
         return json.loads(value or "null")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _RowError("bad_template_input", f"{name!r} is not JSON: {error}") from None
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.cpo import cpo_trainer
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
@@ -18,7 +19,33 @@ from tests.tiny import CHATS, CORPUS, chat_row, merge_tokenizer, tiny_tokenizer
 
 pytestmark = pytest.mark.parity
 
+
+def adding_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts BOS before and EOS after a text by itself, unless told not to."""
+    tokenizer = tiny_tokenizer("bos")
+    tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    adds = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = adds
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Words begin with a visible space as in SentencePiece, and a text always begins with a word."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 TOKENIZERS = {chat: tiny_tokenizer(chat) for chat in CHATS}
+TOKENIZERS |= {"adds": adding_tokenizer(), "metaspace": metaspace_tokenizer()}
 TEMPLATED = [chat for chat, tokenizer in TOKENIZERS.items() if tokenizer.chat_template]
 PIECES = [*" ".join(CORPUS).split(" "), " ", "  ", "\n", "<s>", "</s>", "<|im_end|>", "e\u0301"]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map("".join)
@@ -88,7 +115,7 @@ def cut_texts(draw: st.DrawFn) -> dict[str, str]:
 
 
 @settings(deadline=None, max_examples=500)
-@given(chat=st.sampled_from(sorted(CHATS)), row=cut_texts())
+@given(chat=st.sampled_from(sorted(TOKENIZERS)), row=cut_texts())
 @example(chat="plain", row={"prompt": "two t", "chosen": "wo", "rejected": "hree"})
 @example(chat="bos", row={"prompt": "two t", "chosen": "oo", "rejected": "wofold"})
 def test_tokens_are_those_of_trl(chat: str, row: dict[str, str]) -> None:
@@ -112,7 +139,7 @@ def test_a_token_that_crosses_is_split_as_by_trl() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    chat=st.sampled_from(sorted(CHATS)),
+    chat=st.sampled_from(sorted(TOKENIZERS)),
     prompt=SOME_TEXT,
     chosen=SOME_TEXT,
     rejected=SOME_TEXT,

@@ -92,6 +92,7 @@ def test_columns_are_found_under_other_names() -> None:
         {"prompt": None, "chosen": [USER, BLUE], "rejected": [USER, RED]},
         {"prompt": "What color?", "chosen": [BLUE], "rejected": [RED]},
         {"prompt": np.array([USER]), "chosen": (BLUE,), "rejected": np.array([RED])},
+        {"prompt": [USER], "chosen": [{**BLUE, "tool_calls": np.array([1, 2])}], "rejected": [RED]},
         {"chosen": [USER, {**BLUE, "tool_calls": None}], "rejected": [{**USER, "name": None}, RED]},
     ],
     ids=[
@@ -102,6 +103,7 @@ def test_columns_are_found_under_other_names() -> None:
         "null prompt",
         "text prompt",
         "arrays",
+        "inner arrays",
         "nulls",
     ],
 )
@@ -255,6 +257,7 @@ def chat_with(**changes: Any) -> dict[str, Any]:
         (chat_with(prompt=[{**USER, "content": [{"type": "image"}]}]), "not_text", "'image'"),
         (chat_with(tools={"name": "a"}), "bad_template_input", "'tools' is a list of JSON schemas"),
         (chat_with(tools="[{"), "bad_template_input", "'tools' is not JSON"),
+        (chat_with(tools="[" * 10**5), "bad_template_input", "'tools' is not JSON: maximum recursion depth"),
         (chat_with(tools=["f"]), "bad_template_input", "'tools' is a list of JSON schemas; got ['f']"),
         (chat_with(chat_template_kwargs=[1]), "bad_template_input", "is a mapping; got [1]"),
         (chat_with(chat_template_kwargs={"chat_template": "x"}), "bad_template_input", "cannot set chat_template"),
@@ -288,6 +291,15 @@ def test_a_template_may_refuse_a_row() -> None:
     row = {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [BLUE], "rejected": [RED]}
     assert pair_of(row, "gemma") == Skipped("template_error", "TemplateError: System role not supported")
     assert isinstance(pair_of(row, "llama3"), PreferencePair)
+
+
+def test_details_can_be_written_to_a_file() -> None:
+    template = "{{ raise_exception(mood + messages[0]['content']) }}"
+    row = chat_row("long" * 1000, "a", "b") | {"chat_template_kwargs": {"mood": "\udc00"}}
+    skipped = pair_of(row, template=template)
+    assert isinstance(skipped, Skipped)
+    assert skipped.detail.startswith("TemplateError: \\udc00long")
+    assert len(skipped.detail.encode()) < 310
 
 
 def test_a_template_that_writes_no_completion_makes_no_pair() -> None:
