@@ -25,16 +25,8 @@ from pydantic import BaseModel
 from ray_prefopt import __version__
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, PrefoptError, suggest
-from ray_prefopt.settings import (
-    Option,
-    config_schema,
-    dump_yaml,
-    load_config,
-    nearest_fields,
-    options,
-    sections,
-    split_flags,
-)
+from ray_prefopt.options import Option, did_you_mean, nearest_fields, options, sections
+from ray_prefopt.settings import config_schema, dump_yaml, load_config, split_flags
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 the run failed; 2 usage or config; 3 data or model; 4 resources, storage or checkpoint;
@@ -72,7 +64,7 @@ def _evaluate(args: argparse.Namespace, config: TrainConfig) -> Any:
 
 
 def _export(args: argparse.Namespace) -> Any:
-    from ray_prefopt.model.export import export
+    from ray_prefopt.train.export import export
 
     export(args.source, args.out, merge=args.merge)
     return {"exported": str(args.out)}
@@ -209,10 +201,9 @@ class _Parser(argparse.ArgumentParser):
 def _nearest_flag(parser: argparse.ArgumentParser, flag: str) -> str:
     typed = flag.partition("=")[0]
     own = [name for action in parser._actions for name in action.option_strings]
-    close = difflib.get_close_matches(typed, own, 1) or [
-        f"--{name}" for name in nearest_fields(typed.lstrip("-"), list(options()))
-    ]
-    return f" Did you mean {' or '.join(close)}?" if close else f" See {parser.prog} --help"
+    close = difflib.get_close_matches(typed, own, 1)
+    advice = did_you_mean(close) or did_you_mean(nearest_fields(typed.lstrip("-"), list(options())), "--")
+    return advice or f" See {parser.prog} --help"
 
 
 # --- Help ---

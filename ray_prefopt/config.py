@@ -63,7 +63,9 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _has_source(self) -> Self:
         if self.path is None and self.from_config is None:
-            raise ValueError("set model.path (a folder or hub id), or model.from_config (an architecture to initialise)")
+            raise ValueError(
+                "set model.path (a folder or hub id), or model.from_config (an architecture to initialise)"
+            )
         if self.from_config is not None:
             if "model_type" not in self.from_config:
                 raise ValueError(f"from_config needs model_type; got keys {sorted(self.from_config)}")

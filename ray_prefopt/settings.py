@@ -5,150 +5,21 @@ PyYAML reads files, with the numbers of YAML 1.2 (so that `5e-7` is one); pydant
 name the user may have meant. Every problem is a ConfigError. Imports neither torch nor ray.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from ray_prefopt.config import Source, TrainConfig
-from ray_prefopt.errors import ConfigError, suggest
-
-Keys = tuple[str | int, ...]
-
-# --- The fields of the tree ---
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A field that files and flags can set. `defaults` are by loss kind; outside `loss` the one under ""."""
-
-    name: str
-    annotation: Any
-    description: str
-    required: bool
-    defaults: Mapping[str, Any]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The losses that have the field; empty outside `loss`."""
-        return tuple(kind for kind in self.defaults if kind)
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal field."""
-        literals = [part for part in _parts(self.annotation) if get_origin(part) is Literal]
-        return tuple(value for literal in literals for value in get_args(literal))
-
-    @property
-    def is_mapping(self) -> bool:
-        """Whether `--name.key value` may set one of its keys."""
-        return any(get_origin(part) is dict for part in _parts(self.annotation))
-
-    def takes(self, kind: type) -> bool:
-        """Whether a value of this type is among those of the field."""
-        parts = set(map(_plain, _parts(self.annotation)))
-        return kind in parts or Any in parts or any(type(choice) is kind for choice in self.choices)
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """The members of a union, or the annotation itself."""
-    if get_origin(annotation) is Annotated:
-        yield from _parts(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for part in get_args(annotation):
-            yield from _parts(part)
-    else:
-        yield annotation
-
-
-def _plain(annotation: Any) -> Any:
-    return get_origin(annotation) or annotation
-
-
-def _sections(field: FieldInfo) -> list[type[BaseModel]]:
-    """The sections that a field opens: none for a value, several for a discriminated union."""
-    parts = [part for part in _parts(field.annotation) if part is not type(None)]
-    models = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-    return models if len(models) == len(parts) else []
-
-
-def _walk(model: type[BaseModel], prefix: str, kind: str) -> Iterator[Option]:
-    for name, field in model.model_fields.items():
-        path, sections = prefix + name, _sections(field)
-        default = (
-            None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
-        )
-        if not sections or (default is None and not field.is_required()):
-            description = (field.description or "").strip()
-            yield Option(path, field.annotation, description, field.is_required(), {kind: default})
-        for section in sections:
-            tag = section.model_fields["kind"].default if field.discriminator else kind
-            yield from _walk(section, path + ".", tag)
-
-
-@cache
-def options() -> Mapping[str, Option]:
-    """Every field by dotted name, in the order of the tree. Fields of several losses are joined into one."""
-    joined: dict[str, Option] = {}
-    for option in _walk(TrainConfig, "", ""):
-        first = joined.get(option.name)
-        if first is not None:
-            defaults = {**first.defaults, **option.defaults}
-            option = replace(first, annotation=first.annotation | option.annotation, defaults=defaults)
-        joined[option.name] = option
-    return joined
-
-
-@cache
-def sections() -> Mapping[str, str]:
-    """The top sections with the first line of what they say about themselves."""
-    texts = {"loss": "Which loss, and its weights; `kind` decides which of the fields there are."}
-    for name, field in TrainConfig.model_fields.items():
-        model = _sections(field)[0]
-        texts.setdefault(name, (model.__doc__ or "").partition("\n")[0])
-    return {name: texts[name] for name in TrainConfig.model_fields}
-
-
-def nearest_fields(name: str, known: Sequence[str]) -> list[str]:
-    """The known dotted names that `name` may stand for, likeliest first, at most three.
-
-    >>> nearest_fields("loss.bata", ["loss.beta", "optim.betas", "run.name"])
-    ['loss.beta']
-    >>> nearest_fields("loss.lr", ["loss.beta", "optim.learning_rate"])
-    ['optim.learning_rate']
-    """
-    name = name.replace("-", "_")
-    section, _, leaf = name.rpartition(".")
-    leaves: dict[str, list[str]] = {}
-    for other in known:
-        leaves.setdefault(other.rpartition(".")[2], []).append(other)
-    here = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-    searches = [
-        leaves.get(leaf, []),
-        [f"{section}.{other}" if section else other for other in difflib.get_close_matches(leaf, here, 1)],
-        [other for part, others in leaves.items() if _abbreviates(leaf, part) for other in others],
-        difflib.get_close_matches(name, known, 1, 0.7),
-        [other for part in difflib.get_close_matches(leaf, leaves, 1, 0.7) for other in leaves[part]],
-    ]
-    return next((found[:3] for found in searches if found), [])
-
-
-def _abbreviates(short: str, name: str) -> bool:
-    """`lr` for `learning_rate`, `gamma` for `gamma_beta_ratio`."""
-    words = name.split("_")
-    return len(words) > 1 and (short == "".join(word[0] for word in words if word) or short == words[0])
-
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.errors import ConfigError
+from ray_prefopt.options import Keys, Option, did_you_mean, dotted, has, nearest_fields, options, sections
+from ray_prefopt.problems import Layer, Problems
 
 # --- YAML ---
 
@@ -262,20 +133,10 @@ class _Flags:
         """The flag itself, or None when none was given under these keys."""
         value: Any = self.values
         for key in keys:
-            if not _has(value, key):
+            if not has(value, key):
                 return None
             value = value[key]
-        return "--" + _dotted(keys)
-
-
-def _has(value: Any, key: str | int) -> bool:
-    if isinstance(value, list):
-        return isinstance(key, int) and key < len(value)
-    return isinstance(value, Mapping) and key in value
-
-
-def _dotted(keys: Keys) -> str:
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+        return "--" + dotted(keys)
 
 
 def _read_file(path: Path) -> _File:
@@ -287,8 +148,8 @@ def _read_file(path: Path) -> _File:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}; give a YAML file in UTF-8") from error
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             raise ConfigError(
@@ -308,8 +169,6 @@ def _read_file(path: Path) -> _File:
         raise ConfigError(
             f"{where}: this is not YAML: {problem}; check indentation, colons and quotes"
         ) from error
-    finally:
-        loader.dispose()
     return _File(str(path), values, root)
 
 
@@ -369,75 +228,114 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _read_flags(arguments: Sequence[str]) -> _Flags:
-    """Nested values of `--section.field value` flags; `-` and `_` are the same in names, a bare flag means true."""
+    """Nested values of `--section.field value` flags; a bare flag means true."""
     rest, flags = split_flags(arguments)
     if rest:
-        names = [f"--{name}" for name in nearest_fields(rest[0].lstrip("-").partition("=")[0], list(options()))]
-        raise ConfigError(f"{rest[0]} is not a flag of the config.{_did_you_mean(names)}")
-    plain: list[str] = []
-    keyed: list[dict[str, Any]] = []
+        names = nearest_fields(rest[0].lstrip("-").partition("=")[0], list(options()))
+        raise ConfigError(f"{rest[0]} is not a flag of the config.{did_you_mean(names, '--')}")
+    given: dict[str, list[str]] = {}
+    mappings: list[dict[str, Any]] = []
     for flag in flags:
         typed, has_value, text = flag.partition("=")
-        name = typed[2:].replace("-", "_")
-        option = options().get(name)
-        mapping = next(
-            (other for other in options().values() if other.is_mapping and name.startswith(other.name + ".")),
-            None,
-        )
-        if option is None and mapping is not None:
-            # Keys inside a mapping are the user's own: their spelling stays.
-            keys = typed[2 + len(mapping.name) + 1 :].split(".")
-            keyed.append(_nest([*mapping.name.split("."), *keys], parse_scalar(text)))
-        elif option is None and name not in sections():
-            known = [*options(), *sections()]
-            raise ConfigError(
-                f"{typed} is not a field.{_did_you_mean([f'--{other}' for other in nearest_fields(name, known)])}"
-            )
-        if not has_value and (option is None or not option.takes(bool)):
+        keys, option = _find_field(typed)
+        if not has_value and not (option and option.takes(bool)):
             raise ConfigError(f"{typed} needs a value: {typed} VALUE")
-        if option is not None and option.is_mapping and (text.startswith("{") or not option.takes(str)):
-            keyed.append(_nest(name.split("."), _parse_mapping(typed, text)))
-        elif option is not None or mapping is None:
-            plain.append(f"--{name}={_quoted(option, text) if has_value else 'true'}")
-    try:
-        source = CliSettingsSource[Any](
-            _FlagSettings, cli_prog_name="", cli_exit_on_error=False, cli_parse_args=plain
-        )
-        values: dict[str, Any] = dict(source())
-    except SettingsError as error:
-        raise ConfigError(f"{' '.join(flags)}: {error}; give VALUE, or JSON for a list or mapping") from error
-    for extra in keyed:
-        values = _merge(values, extra)
-    for option in options().values():
-        _set_scalar(values, option)
+        if option and len(keys) > option.name.count(".") + 1:
+            mappings.append(_nest(keys, parse_scalar(text)))
+        elif text != "null" and _is_mapping_text(option, text):
+            mappings.append(_nest(keys, _parse_mapping(typed, text)))
+        else:
+            given.setdefault(".".join(keys), []).append(text if has_value else "true")
+    values = _parse_given(given)
+    for mapping in mappings:
+        values = _merge(values, mapping)
     return _Flags(values)
 
 
-def _quoted(option: Option | None, text: str) -> str:
-    """Text of a field that may be a list, quoted so that pydantic-settings does not split it at commas."""
-    is_list = (
-        option is not None and option.takes(list) and "," in text and not text.startswith(("[", "{", '"'))
-    )
-    return json.dumps(text) if is_list else text
+def _find_field(flag: str) -> tuple[list[str], Option | None]:
+    """The keys that a flag sets, and its field, which is None for a whole section.
+
+    In names `-` and `_` are the same; keys inside a mapping are the user's own and keep their spelling.
+    """
+    typed = flag[2:].split(".")
+    for size in range(len(typed), 0, -1):
+        name = ".".join(typed[:size]).replace("-", "_")
+        option = options().get(name)
+        if option and (size == len(typed) or option.is_mapping):
+            return [*name.split("."), *typed[size:]], option
+        if size == len(typed) and name in sections():
+            return [name], None
+    names = nearest_fields(flag[2:], [*options(), *sections()])
+    raise ConfigError(f"{flag} is not a field.{did_you_mean(names, '--')}")
+
+
+def _parse_given(given: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Nested values of texts by dotted name.
+
+    pydantic-settings reads them, except where text and a list of it are both allowed: there it splits at commas and
+    brackets, which paths may have. Numbers of a Literal it leaves as text.
+    """
+    nulls = [name for name, texts in given.items() if texts[-1] == "null"]
+    clash = next(((name, other) for name in nulls for other in given if other.startswith(name + ".")), None)
+    if clash:
+        both = f"--{clash[0]}=null and --{clash[1]}={given[clash[1]][-1]}"
+        raise ConfigError(f"{both} contradict each other; leave one out")
+    listed = [
+        name for name in given.keys() - nulls if options()[name].takes(str) and options()[name].takes(list)
+    ]
+    plain = {name: texts for name, texts in given.items() if name not in {*nulls, *listed}}
+    arguments = [f"--{name}={text}" for name, texts in plain.items() for text in texts]
+    try:
+        source = CliSettingsSource[Any](
+            _FlagSettings, cli_prog_name="", cli_exit_on_error=False, cli_parse_args=arguments
+        )
+        values: dict[str, Any] = dict(source())
+    except SettingsError as error:
+        raise ConfigError(f"{error}; give a value, or JSON for a list or mapping") from error
+    for name in plain:
+        *parents, leaf = name.split(".")
+        section: Any = values
+        for key in parents:
+            section = section[key]
+        if isinstance(section[leaf], str) and not options()[name].takes(str):
+            section[leaf] = parse_scalar(section[leaf])
+    for name in nulls:
+        values = _merge(values, _nest(name.split("."), None))
+    for name in listed:
+        values = _merge(values, _nest(name.split("."), _parse_listed(given[name])))
+    return values
+
+
+def _parse_listed(texts: Sequence[str]) -> Any:
+    """One value as it is, several as a list; JSON lists and mappings are opened, other text is itself."""
+    values = []
+    for text in texts:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        values.append(value if isinstance(value, list | dict) else text)
+    if len(values) == 1:
+        return values[0]
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+def _is_mapping_text(option: Option | None, text: str) -> bool:
+    """Whether the text is YAML, or JSON, for a section or mapping as a whole."""
+    if option is None:
+        return True
+    if option.takes(str):
+        return option.is_mapping and isinstance(parse_scalar(text), Mapping)
+    return option.is_mapping or option.is_section
 
 
 def _parse_mapping(flag: str, text: str) -> Any:
     value = parse_scalar(text)
-    if value is not None and not isinstance(value, Mapping):
+    if not isinstance(value, Mapping):
         raise ConfigError(f"{flag} must be a mapping such as '{{key: value}}'; got {text!r}")
     if re.search(r"[{,][^{},\s\"':]+:[^\s/]", text):
         raise ConfigError(f"{flag} needs a space after each colon, or JSON with quoted keys; got {text!r}")
     return value
-
-
-def _set_scalar(values: dict[str, Any], option: Option) -> None:
-    """Read the text of a flag as YAML would, where the field has no use for text: `3` for a Literal of numbers."""
-    *parents, leaf = option.name.split(".")
-    section: Any = values
-    for key in parents:
-        section = section.get(key) if isinstance(section, dict) else None
-    if isinstance(section, dict) and isinstance(section.get(leaf), str) and not option.takes(str):
-        section[leaf] = parse_scalar(section[leaf])
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
@@ -484,13 +382,13 @@ def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     return _build(values, [])
 
 
-def _build(values: dict[str, Any], layers: Sequence[_File | _Flags]) -> TrainConfig:
+def _build(values: dict[str, Any], layers: Sequence[Layer]) -> TrainConfig:
     for name, field in TrainConfig.model_fields.items():
         section = values.setdefault(name, {})
         if field.discriminator and isinstance(section, dict):
             default = field.get_default(call_default_factory=True, validated_data={})
             values[name] = {field.discriminator: getattr(default, str(field.discriminator)), **section}
-    problems = _Problems(values, layers)
+    problems = Problems(values, layers)
     misused = problems.booleans()
     try:
         config = TrainConfig.model_validate(values)
@@ -499,166 +397,3 @@ def _build(values: dict[str, Any], layers: Sequence[_File | _Flags]) -> TrainCon
     if misused:
         raise ConfigError("\n".join(misused))
     return config
-
-
-_EXPECTED = {
-    "bool": "true or false",
-    "dict": "a mapping",
-    "finite": "a finite number",
-    "float": "a number",
-    "int": "an integer",
-    "list": "a list",
-    "mapping": "a mapping",
-    "model": "a mapping",
-    "string": "text",
-    "tuple": "a list",
-}
-_BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
-
-
-@dataclass(frozen=True, slots=True)
-class _Problems:
-    """Turns pydantic's errors about `values` into sentences that name the file and line, or the flag."""
-
-    values: Mapping[str, Any]
-    layers: Sequence[_File | _Flags]
-
-    def of(self, error: ValidationError) -> list[str]:
-        """One sentence per field; of a union, the branch that fits the form of the value."""
-        by_field: dict[str, list[tuple[Keys, bool, ErrorDetails]]] = {}
-        for details in error.errors(include_url=False):
-            keys, fits = self._resolve(details)
-            by_field.setdefault(".".join(map(str, keys[:2])), []).append((keys, fits, details))
-        problems = []
-        for found in by_field.values():
-            by_keys: dict[Keys, list[ErrorDetails]] = {}
-            for keys, _, details in [item for item in found if item[1]] or found:
-                by_keys.setdefault(keys, []).append(details)
-            # The branches of a union that do not fit complain higher up than the one that does.
-            deepest = [
-                keys for keys in by_keys if not any(other[: len(keys)] == keys != other for other in by_keys)
-            ]
-            problems += [self._sentence(keys, by_keys[keys]) for keys in deepest]
-        named = [name for problem in problems for name in re.findall(r"Did you mean (.*)\?", problem)]
-        return [
-            problem
-            for problem in problems
-            if not (" is missing" in problem and any(problem.partition(" ")[0] in text for text in named))
-        ]
-
-    def booleans(self) -> list[str]:
-        """`micro_batch: true`, which pydantic would take for 1."""
-        problems = []
-        for option in options().values():
-            keys = tuple(option.name.split("."))
-            value: Any = self.values
-            for key in keys:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if isinstance(value, bool) and not option.takes(bool):
-                number = "an integer" if option.takes(int) else "a number" if option.takes(float) else "text"
-                problems.append(self._place(keys, f"must be {number}; got {_show(value)}"))
-        return problems
-
-    def _resolve(self, details: ErrorDetails) -> tuple[Keys, bool]:
-        """The keys of an error in `values` without pydantic's union tags, and whether those tags fit the values."""
-        keys: list[str | int] = []
-        current: Any = self.values
-        fits = True
-        for index, part in enumerate(details["loc"]):
-            is_last = index == len(details["loc"]) - 1
-            if _has(current, part):
-                current = current[part]
-                keys.append(part)
-            elif is_last and details["type"] == "missing":
-                keys.append(part)
-            elif isinstance(current, str):
-                fits = fits and part == "str"
-            elif isinstance(current, list):
-                fits = fits and str(part).startswith(("list[", "tuple["))
-            elif isinstance(current, Mapping) and str(part).startswith(
-                ("dict[", "list[", "str", Source.__name__)
-            ):
-                is_source = not current.keys().isdisjoint(Source.model_fields)
-                fits = fits and str(part).startswith(Source.__name__ if is_source else "dict[")
-        return tuple(keys), fits
-
-    def _place(self, keys: Keys, text: str) -> str:
-        """`run.yaml:3: loss.beta TEXT`, or `--loss.beta TEXT`, by the layer that had the last word."""
-        for layer in reversed(self.layers):
-            where = layer.locate(keys)
-            if where is not None:
-                return f"{where} {text}" if isinstance(layer, _Flags) else f"{where}: {_dotted(keys)} {text}"
-        return f"{_dotted(keys)} {text}"
-
-    def _sentence(self, keys: Keys, found: Sequence[ErrorDetails]) -> str:
-        details = found[0]
-        kind = details["type"]
-        if kind == "extra_forbidden":
-            return self._unknown(keys)
-        if kind == "missing":
-            if _dotted(keys) in options():
-                return f"{_dotted(keys)} is missing: set it in a file or with --{_dotted(keys)}"
-            return self._place(keys[:-1], f"lacks {_dotted(keys[-1:])}")
-        if kind == "value_error":
-            return self._contradiction(keys, details["msg"].removeprefix("Value error, "))
-        if kind == "union_tag_invalid":
-            keys = (*keys, "kind")
-        if details["loc"][-1] == "[key]":
-            expected = details.get("ctx", {}).get("expected")
-            return self._place(keys, f"is not a key of {_dotted(keys[:-1])}; its keys are {expected}")
-        value: Any = self.values
-        for key in keys:
-            value = value[key]
-        expected = " or ".join(dict.fromkeys(map(_expectation, found)))
-        option = options().get(_dotted(keys))
-        advice = suggest(value, map(str, option.choices)) if option and isinstance(value, str) else ""
-        return self._place(keys, f"must be {expected}; got {_show(value)}{'.' if advice else ''}{advice}")
-
-    def _unknown(self, keys: Keys) -> str:
-        name = _dotted(keys)
-        option = options().get(name)
-        if option is not None and option.kinds:
-            chosen = self.values["loss"]["kind"]
-            return self._place(
-                keys,
-                f"is not a field of loss.kind {chosen}; the kinds that have it: {', '.join(option.kinds)}",
-            )
-        parent = _dotted(keys[:-1])
-        in_source = parent.startswith(("data.train", "data.eval"))
-        known = (
-            [f"{parent}.{field}" for field in Source.model_fields] if in_source else [*options(), *sections()]
-        )
-        sentence = self._place(keys, "is not a field.")
-        dashes = "--" if sentence.startswith("--") else ""
-        return sentence + _did_you_mean([dashes + other for other in nearest_fields(name, known)])
-
-    def _contradiction(self, keys: Keys, message: str) -> str:
-        """A validator's message, at the first field that it speaks of and that somebody set."""
-        section = _dotted(keys)
-        fields = [word for word in re.findall(r"\w+", message) if f"{section}.{word}" in options()]
-        places = [layer.locate((*keys, field)) for field in fields for layer in reversed(self.layers)]
-        places += [layer.locate(keys) for layer in reversed(self.layers)]
-        where = next((place for place in places if place is not None), None)
-        prefix = "" if f"{keys[0]}." in message else f"{section}: "
-        return f"{where}: {prefix}{message}" if where else f"{prefix}{message}"
-
-
-def _expectation(details: ErrorDetails) -> str:
-    kind, context = details["type"], details.get("ctx", {})
-    if kind in ("literal_error", "union_tag_invalid"):
-        return "one of " + str(context.get("expected", context.get("expected_tags"))).replace(
-            "'", ""
-        ).replace(" or ", ", ")
-    if kind in _BOUNDS:
-        return f"{_BOUNDS[kind]} {next(iter(context.values())):g}"
-    return _EXPECTED.get(kind.partition("_")[0], details["msg"])
-
-
-def _did_you_mean(names: Sequence[str]) -> str:
-    return f" Did you mean {' or '.join(names)}?" if names else ""
-
-
-def _show(value: Any) -> str:
-    """A value as JSON, short."""
-    text = "nothing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Read by torch, transformers and ray when they are imported, so these come before any of them.
@@ -30,6 +31,10 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Times vary on a shared machine, and examples must be the same on each of them.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

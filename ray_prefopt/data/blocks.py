@@ -118,6 +118,7 @@ class Blocks:
 def has_blocks(folder: str) -> bool:
     """Whether a manifest is there: the one sign that blocks were finished."""
     fs, path = url_to_fs(folder)
+    fs.invalidate_cache()  # other processes may have written since this one looked
     return bool(fs.isfile(f"{path}/{MANIFEST}"))
 
 
@@ -127,6 +128,7 @@ def open_blocks(folder: str) -> Blocks:
     Raises DataError when the folder has no manifest, or a manifest or file that is damaged or missing.
     """
     fs, path = url_to_fs(folder)
+    fs.invalidate_cache()
     manifest = _read_manifest(fs, f"{path}/{MANIFEST}", folder)
     attempt = str(manifest["attempt"])
     sizes = {

@@ -27,7 +27,9 @@ class PairBatch:
     """1 for a pair, 0 for filler that only keeps ranks in step."""
 
     def to(self, device: torch.device) -> Self:
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)
+        }
         return type(self)(**moved)
 
     @property
@@ -58,4 +60,6 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_id: int, weight: float = 1.0)
         attention_mask_RT[row, : len(ids)] = 1
         predicts_RT[row, max(start, 1) - 1 : len(ids) - 1] = True  # nothing predicts a very first token
     targets_S = input_ids_RT[:, 1:][predicts_RT[:, :-1]]
-    return PairBatch(input_ids_RT, attention_mask_RT, predicts_RT, targets_S, torch.full((len(pairs),), weight))
+    return PairBatch(
+        input_ids_RT, attention_mask_RT, predicts_RT, targets_S, torch.full((len(pairs),), weight)
+    )

@@ -126,4 +126,6 @@ def deal(ids: Ids, lengths: np.ndarray, micro_batch: int, rank: int, world_size:
 
 def extend_hash(digest: str, ids: Ids) -> str:
     """Running hash of the pairs seen so far: equal only if every step held the same pairs in the same order."""
-    return hashlib.blake2b(digest.encode() + np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        digest.encode() + np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=16
+    ).hexdigest()

@@ -87,6 +87,7 @@ def _filesystem(path: str) -> tuple[AbstractFileSystem, str]:
         raise DataError(
             f"no storage for {path}: {error}; install its fsspec package, or use another path"
         ) from None
+    fs.invalidate_cache()  # what was listed before may have changed
     return fs, local
 
 
@@ -160,7 +161,8 @@ def _folder_files(fs: AbstractFileSystem, local: str, path: str) -> list[str]:
     )
     if training and held_out:
         raise DataError(
-            f"the folder {path} has training and held-out files ({_base(training[0])}, {_base(held_out[0])}): name the files, or a glob such as {path.rstrip('/')}/train*"
+            f"the folder {path} has training and held-out files ({_base(training[0])}, {_base(held_out[0])}): "
+            f"name the files, or a glob such as {path.rstrip('/')}/train*"
         )
     return names
 

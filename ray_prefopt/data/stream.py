@@ -32,7 +32,10 @@ class PairReader:
     def read(self, ids: Ids) -> list[TokenizedPair]:
         """The pairs with these ids, in this order. Raises DataError on a damaged block."""
         block_of = np.searchsorted(self._starts, ids, side="right") - 1
-        return [self._pair(int(block), int(pair - self._starts[block])) for block, pair in zip(block_of, ids, strict=True)]
+        return [
+            self._pair(int(block), int(pair - self._starts[block]))
+            for block, pair in zip(block_of, ids, strict=True)
+        ]
 
     def _pair(self, block: int, row: int) -> TokenizedPair:
         table = self._table(block)

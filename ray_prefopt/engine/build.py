@@ -10,7 +10,9 @@ from ray_prefopt.engine.zero import ZeroEngine, sharded_construction
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model
 
 
-def build_engine(config: TrainConfig, *, total_steps: int, device: torch.device, is_universal: bool = False) -> Engine:
+def build_engine(
+    config: TrainConfig, *, total_steps: int, device: torch.device, is_universal: bool = False
+) -> Engine:
     """Model, optimizer and schedule, spread over the ranks; called by all of them.
 
     `is_universal`: the checkpoint to be loaded next is in DeepSpeed's universal format.

@@ -19,7 +19,9 @@ OWNED = {
 """Keys of DeepSpeed's config that have a home elsewhere in ours; `fp16` and `bf16` may be given to tune loss scaling."""
 
 
-def build_ds_config(engine: EngineConfig, *, dtype: str, max_grad_norm: float, use_gpu: bool) -> dict[str, Any]:
+def build_ds_config(
+    engine: EngineConfig, *, dtype: str, max_grad_norm: float, use_gpu: bool
+) -> dict[str, Any]:
     """DeepSpeed's config for an engine section; `engine.deepspeed` is merged over it, key by key.
 
     Gradient accumulation is ours (`managed_gradient_accumulation: false`): `engine.step()` is the boundary, so that a

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.errors import ConfigError, suggest
 
+
 def check_names(optim: OptimConfig) -> None:
     """Raises ConfigError when transformers has no optimizer or schedule of that name."""
     for field, value, known in (
@@ -18,7 +19,9 @@ def check_names(optim: OptimConfig) -> None:
         ("schedule", optim.schedule, [item.value for item in SchedulerType]),
     ):
         if value not in known:
-            raise ConfigError(f"optim.{field}: {value!r} is not known to transformers.{suggest(value, known)}")
+            raise ConfigError(
+                f"optim.{field}: {value!r} is not known to transformers.{suggest(value, known)}"
+            )
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
@@ -43,7 +46,10 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     decayed = set(Trainer.get_decay_parameter_names(Trainer, module))
     trainable = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     groups = [
-        {"params": [weight for name, weight in trainable if name in decayed], "weight_decay": optim.weight_decay},
+        {
+            "params": [weight for name, weight in trainable if name in decayed],
+            "weight_decay": optim.weight_decay,
+        },
         {"params": [weight for name, weight in trainable if name not in decayed], "weight_decay": 0.0},
     ]
     return optimizer_class([group for group in groups if group["params"]], **options)

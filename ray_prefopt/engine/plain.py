@@ -19,7 +19,13 @@ class PlainEngine:
     """Weights, gradients and optimizer states in fp32; bf16 or fp16 is autocast. The reference for `zero`."""
 
     def __init__(
-        self, module: nn.Module, optim: OptimConfig, *, total_steps: int, dtype: torch.dtype, device: torch.device
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        *,
+        total_steps: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.module = module.to(device=device, dtype=torch.float32)
         self.device = device

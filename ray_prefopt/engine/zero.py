@@ -4,6 +4,8 @@ import io
 import logging
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -138,10 +140,34 @@ class ZeroEngine:
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
 
 
+def to_universal(folder: Path, out: Path) -> None:
+    """Rewrite a checkpoint into DeepSpeed's universal format, which any number of ranks can load.
+
+    In a process of its own, since the converter starts workers. Raises CheckpointError.
+    """
+    converter = (
+        f"import {__name__}; from deepspeed.checkpoint import ds_to_universal as convert; "
+        "convert.main(convert.parse_arguments())"
+    )
+    folders = ["--input_folder", str(folder / TAG), "--output_folder", str(out / TAG)]
+    done = subprocess.run(
+        [sys.executable, "-c", converter, *folders, "--num_extract_workers", "1", "--num_merge_workers", "1",
+         "--inject_missing_state"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise CheckpointError(
+            f"{folder}: DeepSpeed cannot convert it for another number of workers: {last[0]}"
+        )
+
+
 def full_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights in a checkpoint folder, whole and in fp32, on the CPU."""
     if not any((folder / TAG).glob("*_optim_states.pt")):  # stage 0 shards nothing
-        states = torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
+        states = torch.load(
+            folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
+        )
         return dict(states["module"])
     with redirect_stdout(io.StringIO()):  # progress, printed whatever the log level
         return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

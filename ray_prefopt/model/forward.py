@@ -28,7 +28,9 @@ def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True
     """
     # The 2-D boolean mask of transformers: only its True positions reach the head, flattened to (S, V).
     kept = {"logits_to_keep": batch.predicts_RT} if keep_logits else {}
-    output = forward(input_ids=batch.input_ids_RT, attention_mask=batch.attention_mask_RT, use_cache=False, **kept)
+    output = forward(
+        input_ids=batch.input_ids_RT, attention_mask=batch.attention_mask_RT, use_cache=False, **kept
+    )
     logits_SV = output.logits if keep_logits else output.logits[batch.predicts_RT]
     logps_S, logits_S = token_logps(logits_SV, batch.targets_S)
 

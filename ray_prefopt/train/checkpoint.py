@@ -74,7 +74,9 @@ def save_checkpoint(
     fs, root = url_to_fs(folder)
     name = ranks.broadcast(f"step-{state.step:08d}-{secrets.token_hex(4)}")
     target = f"{root}/{name}"
-    parts = ranks.all_gather(_attempt(lambda: _write_part(fs, write, target, extra if ranks.rank() == 0 else {})))
+    parts = ranks.all_gather(
+        _attempt(lambda: _write_part(fs, write, target, extra if ranks.rank() == 0 else {}))
+    )
     failures = [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, Exception)]
     files = tuple(sorted(file for part in parts if not isinstance(part, Exception) for file in part))
     checkpoint = Checkpoint(f"{folder.rstrip('/')}/{name}", state, ranks.world_size(), files)
@@ -180,7 +182,9 @@ def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[int, str]]:
     """Committed checkpoints as (step, folder), oldest first."""
     if not fs.exists(root):
         return []
-    named = ((FOLDER.fullmatch(path.rstrip("/").rsplit("/", 1)[-1]), path) for path in fs.ls(root, detail=False))
+    named = (
+        (FOLDER.fullmatch(path.rstrip("/").rsplit("/", 1)[-1]), path) for path in fs.ls(root, detail=False)
+    )
     found = [(int(match[1]), path.rstrip("/")) for match, path in named if match]
     return sorted(entry for entry in found if fs.exists(f"{entry[1]}/{MANIFEST}"))
 
@@ -199,7 +203,9 @@ def open_checkpoint(path: str, *, verify: Literal["sizes", "hashes"] = "hashes")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no checkpoint here ({MANIFEST} is missing)") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}/{MANIFEST}: damaged ({error}); delete the folder to do without it") from error
+        raise CheckpointError(
+            f"{path}/{MANIFEST}: damaged ({error}); delete the folder to do without it"
+        ) from error
     for name, size, digest in files:
         _verify(fs, f"{folder}/{name}", size, digest, verify)
     return checkpoint
@@ -222,7 +228,10 @@ def _verify(fs: fsspec.AbstractFileSystem, path: str, size: int, digest: str, ve
 
 
 def latest_checkpoint(
-    folder: str, *, on_bad: Literal["refuse", "fallback"] = "refuse", verify: Literal["sizes", "hashes"] = "hashes"
+    folder: str,
+    *,
+    on_bad: Literal["refuse", "fallback"] = "refuse",
+    verify: Literal["sizes", "hashes"] = "hashes",
 ) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None when none was ever committed: then, and only then, step 0.
 
@@ -235,9 +244,13 @@ def latest_checkpoint(
             return open_checkpoint(fs.unstrip_protocol(path) if "://" in folder else path, verify=verify)
         except CheckpointError as error:
             if on_bad == "refuse":
-                raise CheckpointError(f"{error}. run.on_bad_checkpoint: fallback uses the one before") from error
+                raise CheckpointError(
+                    f"{error}. run.on_bad_checkpoint: fallback uses the one before"
+                ) from error
             if position == len(folders) - 1:
-                raise CheckpointError(f"none of the {len(folders)} checkpoints in {folder} is whole; last: {error}") from error
+                raise CheckpointError(
+                    f"none of the {len(folders)} checkpoints in {folder} is whole; last: {error}"
+                ) from error
             logger.warning("%s; falling back to the checkpoint before", error)
     return None
 
@@ -246,24 +259,41 @@ def latest_checkpoint(
 def local_copy(checkpoint: Checkpoint, *, is_first: bool = True) -> Iterator[Path]:
     """A local folder with the checkpoint's files: its own where the storage is local, else a copy per node.
 
-    Called by all ranks; the one that is first on its node makes the copy and removes it.
+    Called by all ranks; `is_first` on one of each node.
     """
     fs, folder = url_to_fs(checkpoint.path)
     if isinstance(fs, LocalFileSystem):
         yield Path(folder)
         return
-    copy = Path(tempfile.gettempdir(), ranks.broadcast(f"prefopt-{secrets.token_hex(8)}"))
-    if is_first:
+
+    def download(copy: Path) -> None:
         for name, _, _ in checkpoint.files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(f"{folder}/{name}", str(copy / name))
-    ranks.all_gather(None)  # nobody reads before it is all there
-    try:
+
+    with made_once(download, is_first=is_first) as copy:
         yield copy
-    finally:
+
+
+@contextmanager
+def made_once(make: Callable[[Path], None], *, is_first: bool = True) -> Iterator[Path]:
+    """A temporary folder per node that `make` fills, for all ranks to read. Raises on all ranks what it raised on one."""
+    folder = Path(tempfile.gettempdir(), ranks.broadcast(f"prefopt-{secrets.token_hex(8)}"))
+    try:
+        outcome = _attempt(lambda: _filled(folder, make)) if is_first else None
+        for failure in ranks.all_gather(outcome):  # nobody reads before it is all there
+            if failure is not None:
+                raise failure
+        yield folder
         ranks.all_gather(None)  # nor is it gone while somebody reads
+    finally:
         if is_first:
-            shutil.rmtree(copy, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _filled(folder: Path, make: Callable[[Path], None]) -> None:
+    folder.mkdir()
+    make(folder)
 
 
 def better(state: LoopState, value: float) -> LoopState:

@@ -4,7 +4,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from peft import PeftModel
@@ -27,7 +26,12 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
     """
     checkpoint = _find(source)
     fs, target = url_to_fs(out)
-    if fs.exists(target) and fs.ls(target) and not fs.exists(f"{target}/config.json") and not _is_adapter(fs, target):
+    if (
+        fs.exists(target)
+        and fs.ls(target)
+        and not fs.exists(f"{target}/config.json")
+        and not _is_adapter(fs, target)
+    ):
         raise ConfigError(f"{out} is not empty and holds no model: export into another folder")
     with local_copy(checkpoint) as folder:
         config = TrainConfig.model_validate_json((folder / "config.json").read_text())

@@ -24,7 +24,9 @@ class RunLog:
         self._path = f"{self._folder}/metrics.jsonl"
         self._records: list[dict[str, Any]] = []
         if self._fs.exists(self._path):
-            self._records = [json.loads(line) for line in self._fs.cat_file(self._path).splitlines() if line.strip()]
+            self._records = [
+                json.loads(line) for line in self._fs.cat_file(self._path).splitlines() if line.strip()
+            ]
         self._events: list[Event] = []
         self._board: SummaryWriter | None = None
         self._fatal: PrefoptError | None = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ray_prefopt.data.stream import PairReader, Prefetched
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
+from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
 from ray_prefopt.train import ranks
@@ -27,6 +29,7 @@ from ray_prefopt.train.checkpoint import (
     better,
     latest_checkpoint,
     local_copy,
+    made_once,
     open_checkpoint,
     save_checkpoint,
 )
@@ -78,7 +81,10 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     engine = _engine_at(config, plan.total_steps, device, checkpoint)
     _check_order(plan, state)
     objective = make_objective(config.loss, aux_loss_coef=aux_loss_coef(engine))
-    evaluations = {name: EvalSet(open_blocks(folder), run.micro_batch, job.pad_id) for name, folder in job.eval_blocks.items()}
+    evaluations = {
+        name: EvalSet(open_blocks(folder), run.micro_batch, job.pad_id)
+        for name, folder in job.eval_blocks.items()
+    }
 
     def evaluate_now(state: LoopState) -> LoopState:
         record = _evaluate_all(engine, evaluations, objective)
@@ -89,8 +95,11 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     def save_now(state: LoopState) -> None:
         try:
             saved = save_checkpoint(
-                engine.save, state, job.checkpoints,
-                extra={"config.json": config.model_dump_json(indent=1)}, retained=run.keep_checkpoints,
+                engine.save,
+                state,
+                job.checkpoints,
+                extra={"config.json": config.model_dump_json(indent=1)},
+                retained=run.keep_checkpoints,
             )
             reports.saved(saved)
         except CheckpointError as error:
@@ -131,7 +140,10 @@ def evaluate_worker(job: Job, device: torch.device) -> Record:
     engine = _engine_at(job.config, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
     micro_batch = job.config.run.micro_batch
-    sets = {name: EvalSet(open_blocks(folder), micro_batch, job.pad_id) for name, folder in job.eval_blocks.items()}
+    sets = {
+        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id)
+        for name, folder in job.eval_blocks.items()
+    }
     return _evaluate_all(engine, sets, objective)
 
 
@@ -147,7 +159,9 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
     return Plan(order, blocks.total_lengths, run.global_batch, run.micro_batch, run.epochs, run.max_steps)
 
 
-def step_inputs(plan: Plan, blocks: Blocks, reader: PairReader, start: int, pad_id: int) -> Iterator[StepInput]:
+def step_inputs(
+    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pad_id: int
+) -> Iterator[StepInput]:
     """This rank's inputs of every step from `start` to the end of the plan."""
     rank, world_size = ranks.rank(), ranks.world_size()
     for step in range(start, plan.total_steps):
@@ -269,15 +283,22 @@ def _starting_point(job: Job) -> Checkpoint | None:
     return found
 
 
-def _engine_at(config: TrainConfig, total_steps: int, device: torch.device, checkpoint: Checkpoint | None) -> Engine:
+def _engine_at(
+    config: TrainConfig, total_steps: int, device: torch.device, checkpoint: Checkpoint | None
+) -> Engine:
     """The engine, with the checkpoint's weights and optimizer; converted when the number of ranks is another."""
     if checkpoint is None:
         return build_engine(config, total_steps=total_steps, device=device)
     is_sharded = config.engine.kind == "zero" and config.engine.zero_stage > 0
     is_universal = is_sharded and checkpoint.world_size != ranks.world_size()
     engine = build_engine(config, total_steps=total_steps, device=device, is_universal=is_universal)
-    with local_copy(checkpoint, is_first=int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0) as folder:
-        engine.load(folder)
+    is_first = int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0
+    with local_copy(checkpoint, is_first=is_first) as folder:
+        if is_universal:
+            with made_once(partial(to_universal, folder), is_first=is_first) as converted:
+                engine.load(converted)
+        else:
+            engine.load(folder)
     return engine
 
 

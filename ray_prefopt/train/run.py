@@ -22,7 +22,6 @@ from transformers import PretrainedConfig
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.blocks import Blocks
 from ray_prefopt.data.prepare import prepare
-from ray_prefopt.data.plan import Plan
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import check_names
 from ray_prefopt.errors import ConfigError, PrefoptError, ResourceError, TrainingError
@@ -178,7 +177,9 @@ def _guarded(log: Any, work: Callable[[], Any]) -> None:
 # --- On the driver ---
 
 
-def _fit(worker: Callable[..., None], given: dict[str, Any], config: TrainConfig, log: Any, folder: str) -> None:
+def _fit(
+    worker: Callable[..., None], given: dict[str, Any], config: TrainConfig, log: Any, folder: str
+) -> None:
     """Run the workers to the end. Raises the run's own error, or TrainingError with that of the first failed rank."""
     run = config.run
     resources = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
@@ -190,7 +191,9 @@ def _fit(worker: Callable[..., None], given: dict[str, Any], config: TrainConfig
     trainer = TorchTrainer(
         worker,
         train_loop_config=given,
-        scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=run.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers, use_gpu=run.use_gpu, resources_per_worker=resources
+        ),
         # A name of its own for each attempt: Ray's snapshot of an earlier one, which a full disk can tear, is never
         # read. What resumes a run are our checkpoints.
         run_config=RayRunConfig(
@@ -248,7 +251,10 @@ def _check_model(config: TrainConfig) -> PretrainedConfig:
     check_names(config.optim)
     if config.engine.kind == "zero":
         build_ds_config(
-            config.engine, dtype="bfloat16", max_grad_norm=config.optim.max_grad_norm, use_gpu=config.run.use_gpu
+            config.engine,
+            dtype="bfloat16",
+            max_grad_norm=config.optim.max_grad_norm,
+            use_gpu=config.run.use_gpu,
         )
     architecture = load_architecture(config.model)
     check_tokenizer(architecture, load_tokenizer(config.model))
@@ -257,7 +263,10 @@ def _check_model(config: TrainConfig) -> PretrainedConfig:
 
 def _prepare_eval(config: TrainConfig) -> dict[str, Blocks]:
     storage = storage_path(config)
-    return {name: prepare(config.data, config.model, sources, storage) for name, sources in config.data.eval_sets.items()}
+    return {
+        name: prepare(config.data, config.model, sources, storage)
+        for name, sources in config.data.eval_sets.items()
+    }
 
 
 def _claim_folder(config: TrainConfig) -> str:
@@ -267,7 +276,9 @@ def _claim_folder(config: TrainConfig) -> str:
     if config.run.force_new and fs.exists(path):
         fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
     if fs.exists(f"{path}/config.json"):
-        differing = _differences(json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json"))
+        differing = _differences(
+            json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
+        )
         if differing:
             raise ConfigError(
                 f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
@@ -281,8 +292,12 @@ def _claim_folder(config: TrainConfig) -> str:
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted fields that differ, of those that must not, as `field: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in MAY_CHANGE)]
-        return [line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}{name}.")]
+        names = [
+            name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in MAY_CHANGE)
+        ]
+        return [
+            line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}{name}.")
+        ]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
@@ -295,7 +310,10 @@ def _state_on_disk(job: Job) -> LoopState:
 def _wait_for_resources(config: TrainConfig) -> None:
     """Wait until the cluster has room for all workers; raises ResourceError after run.resource_timeout_s."""
     run = config.run
-    asked = {"CPU": run.num_workers * run.cpus_per_worker, **({"GPU": run.num_workers} if run.use_gpu else {})}
+    asked = {
+        "CPU": run.num_workers * run.cpus_per_worker,
+        **({"GPU": run.num_workers} if run.use_gpu else {}),
+    }
     deadline = time.monotonic() + run.resource_timeout_s
     told = False
     while True:
@@ -303,7 +321,9 @@ def _wait_for_resources(config: TrainConfig) -> None:
         missing = {name: number for name, number in asked.items() if available.get(name, 0) < number}
         if not missing:
             return
-        found = ", ".join(f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked)
+        found = ", ".join(
+            f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked
+        )
         wanted = ", ".join(f"{number} {name}" for name, number in asked.items())
         if time.monotonic() > deadline:
             raise ResourceError(
@@ -325,8 +345,12 @@ def _finish(job: Job, records: list[Record]) -> TrainResult:
     state = checkpoint.state
     fs, root = url_to_fs(job.checkpoints)
     best = f"step-{state.best_step:08d}-" if state.best_step is not None else ""
-    best_paths = [path for path in fs.ls(root, detail=False) if best and path.rsplit("/", 1)[-1].startswith(best)]
-    best_checkpoint = f"{job.checkpoints}/{best_paths[0].rsplit('/', 1)[-1]}" if best_paths else checkpoint.path
+    best_paths = [
+        path for path in fs.ls(root, detail=False) if best and path.rsplit("/", 1)[-1].startswith(best)
+    ]
+    best_checkpoint = (
+        f"{job.checkpoints}/{best_paths[0].rsplit('/', 1)[-1]}" if best_paths else checkpoint.path
+    )
     model = f"{job.folder}/model" if run.export else None
     if model is not None:
         export(checkpoint.path, model)

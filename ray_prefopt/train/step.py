@@ -66,7 +66,9 @@ def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
     if not any_bad.item():
         return
     if not is_bad.any():
-        raise NonFiniteError(f"step {inputs.step + 1}: another rank has a loss that is not finite; nothing was updated")
+        raise NonFiniteError(
+            f"step {inputs.step + 1}: another rank has a loss that is not finite; nothing was updated"
+        )
     micro = int(is_bad.nonzero()[0])
     rank = dist.get_rank() if dist.is_initialized() else 0
     raise NonFiniteError(
@@ -76,14 +78,18 @@ def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[PairBatch], objective: Objective, totals: StepTotals) -> dict[str, float]:
+def evaluate(
+    engine: Engine, batches: Iterable[PairBatch], objective: Objective, totals: StepTotals
+) -> dict[str, float]:
     """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice."""
     keep_logits = keeps_logits(engine.module)
     metrics = MetricSums()
     engine.module.eval()
     for batch in batches:
         batch = batch.to(engine.device)
-        _, sums = objective(pair_logps(engine.forward, batch, keep_logits=keep_logits), batch.weights_B, totals)
+        _, sums = objective(
+            pair_logps(engine.forward, batch, keep_logits=keep_logits), batch.weights_B, totals
+        )
         metrics.add(sums)
     engine.module.train()
     metrics.end_step()

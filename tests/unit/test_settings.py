@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from ray_prefopt.config import CPOLoss, LoraConfig, SimPOLoss, Source, TrainConfig
 from ray_prefopt.errors import ConfigError
+from ray_prefopt.options import nearest_fields, options, sections
 from ray_prefopt.settings import (
     config_schema,
     dump_yaml,
     flatten,
     load_config,
-    nearest_fields,
-    options,
     override,
     parse_scalar,
-    sections,
     split_flags,
 )
 
@@ -147,8 +145,14 @@ def test_sub_models_are_made_and_unset(folder: Path) -> None:
         (["a.jsonl"], "a.jsonl"),
         (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
         (['["a", "b"]'], ["a", "b"]),
-        (["x,y.jsonl"], ["x,y.jsonl"]),
-        (["part-{0,1}.jsonl"], ["part-{0,1}.jsonl"]),
+        (["x,y.jsonl"], "x,y.jsonl"),
+        (["part-{0,1}.jsonl"], "part-{0,1}.jsonl"),
+        (["x,y.jsonl", "z"], ["x,y.jsonl", "z"]),
+        (["[01].jsonl"], "[01].jsonl"),
+        (["{a,b}.jsonl"], "{a,b}.jsonl"),
+        (['"a'], '"a'),
+        (["a", '{"path": "b"}', '["c"]'], ["a", Source(path="b"), "c"]),
+        (['{"path": "a", "rows": 3}'], Source(path="a", rows=3)),
         (["-a.jsonl"], "-a.jsonl"),
         (['[{"path": "a", "weight": 5e-1}, "b"]'], [Source(path="a", weight=0.5), "b"]),
     ],
@@ -299,7 +303,8 @@ def test_split_flags_leaves_the_rest_in_order() -> None:
         ("los: {}", "run.yaml:5: los is not a field. Did you mean loss?"),
         (
             "loss: {kind: cpo, gamma_beta_ratio: 1}",
-            "run.yaml:5: loss.gamma_beta_ratio is not a field of loss.kind cpo; the kinds that have it: simpo, cpo_simpo",
+            "run.yaml:5: loss.gamma_beta_ratio is not a field of loss.kind cpo; "
+            "the kinds that have it: simpo, cpo_simpo",
         ),
         (
             "loss: {kind: simp}",
@@ -327,7 +332,7 @@ def test_split_flags_leaves_the_rest_in_order() -> None:
         ),
         ("optim: {betas: [0.9]}", "run.yaml:5: optim.betas lacks [1]"),
         ("optim: {betas: [0.9, x]}", 'run.yaml:5: optim.betas[1] must be a number; got "x"'),
-        ("optim: {betas: [1, 2, 3]}", "run.yaml:5: optim.betas must have at most 2 items; got [1, 2, 3]"),
+        ("optim: {betas: [1, 2, 3]}", "run.yaml:5: optim.betas must be a list of 2; got [1, 2, 3]"),
         (
             "optim: {schedule: linear, schedule: cosine}",
             "run.yaml:5: optim.schedule is given twice, first in line 5; keep one",
@@ -478,11 +483,18 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
             "--data.columns.promt q",
             "--data.columns.promt is not a key of data.columns; its keys are 'prompt', 'chosen' or 'rejected'",
         ),
-        ("--loss [", '--loss must be a mapping; got "["'),
+        ("--loss [", "--loss must be a mapping such as '{key: value}'; got '['"),
         (
             "--model.lora null --model.lora.r 3",
             "--model.lora=null and --model.lora.r=3 contradict each other; leave one out",
         ),
+        ("--model.lora 3", "--model.lora must be a mapping such as '{key: value}'; got '3'"),
+        (
+            "--optim.betas [0.9",
+            'Parsing error encountered for optim.betas: Missing end delimiter "]"; '
+            "give a value, or JSON for a list or mapping",
+        ),
+        ("--loss null --loss.beta 3", "--loss=null and --loss.beta=3 contradict each other; leave one out"),
         ("--model.lora.rank 3", "--model.lora.rank is not a field. Did you mean --model.lora.r?"),
     ],
 )
