@@ -11,14 +11,15 @@ from datasets import Dataset
 from torch import nn
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from ray_prefopt.config import CPOLoss, CPOSimPOLoss, LossConfig, OptimConfig
+from ray_prefopt.config import CPOLoss, CPOSimPOLoss, LossConfig, ModelConfig, OptimConfig, SimPOLoss
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.model.load import load_model
 from ray_prefopt.train.metrics import MetricSums
 from ray_prefopt.train.step import StepInput, train_step
-from tests.tiny import CORPUS, tiny_model, tiny_tokenizer
+from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -27,7 +28,7 @@ GLOBAL_BATCH = MICRO_BATCH * ACCUMULATION
 SHARED = {"learning_rate": 1e-3, "weight_decay": 0.1}
 # Adam divides by the gradient's size: with a smaller eps the rounding of a tiny gradient (that of a key's bias, which
 # attention hardly sees) would become a step of full size.
-BETAS, EPS = (0.85, 0.97), 1e-6
+BETAS, EPS = (0.85, 0.97), 1e-5
 ROUTED = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -63,10 +64,10 @@ CASES = {
         kind="mixtral",
         shape=tuple(ROUTED.items()),
     ),
-    # a tenth of five steps is one step of warm-up for transformers
-    "simpo, warm-up": Case(
+    # a tenth of five steps is one step of warm-up for transformers; dropout is part of GPT-2, and off for both
+    "simpo, warm-up, dropout": Case(
         {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
-        CPOSimPOLoss(beta=2.0, gamma_beta_ratio=0.5, cpo_alpha=0.0),
+        SimPOLoss(beta=2.0, gamma_beta_ratio=0.5),
         kind="gpt2",
         warmup=0.1,
     ),
@@ -135,9 +136,16 @@ def trained_by_us(
     case: Case, pairs: list[TokenizedPair], pad_id: int
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     optim = OptimConfig(
-        name="adamw_torch", schedule="linear", warmup_ratio=case.warmup, max_grad_norm=1.0, **SHARED
+        name="adamw_torch",
+        schedule="linear",
+        warmup_ratio=case.warmup,
+        max_grad_norm=1.0,
+        betas=BETAS,
+        eps=EPS,
+        **SHARED,
     )
-    model = tiny_model(case.kind, **dict(case.shape)).train()
+    architecture = tiny_config(case.kind, **dict(case.shape))
+    model = load_model(ModelConfig(from_config=architecture, tokenizer="-"), dtype=torch.float32, seed=0)
     engine = PlainEngine(model, optim, total_steps=STEPS, dtype=torch.float32, device=torch.device("cpu"))
     coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
     objective = make_objective(case.loss, aux_loss_coef=coefficient)
