@@ -1,5 +1,8 @@
 """Optimizer and schedule from transformers, by their names there."""
 
+import math
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -10,6 +13,9 @@ from transformers.training_args import OptimizerNames
 
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.errors import ConfigError, suggest
+
+TRAINER: Any = Trainer
+"""For two of its answers, which need neither an instance nor a PreTrainedModel, whatever their annotations say."""
 
 
 def check_names(optim: OptimConfig) -> None:
@@ -37,13 +43,13 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         adam_epsilon=optim.eps,
         report_to="none",
     )
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, module)
+    optimizer_class, options = TRAINER.get_optimizer_cls_and_kwargs(arguments, module)
     if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
         raise ConfigError(
             f"optim.name: {optim.name} builds itself from whole layers, which ZeRO shards: "
             "use an optimizer over parameters, such as adamw_torch_fused or adafactor"
         )
-    decayed = set(Trainer.get_decay_parameter_names(Trainer, module))
+    decayed = set(TRAINER.get_decay_parameter_names(None, module))
     trainable = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
     groups = [
         {
@@ -52,7 +58,8 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         },
         {"params": [weight for name, weight in trainable if name not in decayed], "weight_decay": 0.0},
     ]
-    return optimizer_class([group for group in groups if group["params"]], **options)
+    optimizer: Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    return optimizer
 
 
 def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -> LRScheduler:
@@ -60,7 +67,7 @@ def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -
     return get_scheduler(
         optim.schedule,
         optimizer,
-        num_warmup_steps=round(optim.warmup_ratio * total_steps),
+        num_warmup_steps=math.ceil(optim.warmup_ratio * total_steps),
         num_training_steps=total_steps,
         scheduler_specific_kwargs=dict(optim.schedule_args),
     )
