@@ -201,7 +201,7 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
 
 
 def _cluster_cpus() -> int:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     return int(resources.get("CPU", 1))
 
 

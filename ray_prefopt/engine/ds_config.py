@@ -16,7 +16,7 @@ OWNED = {
     "fp16": "model.dtype",
     "bf16": "model.dtype",
 }
-"""Keys of DeepSpeed's config that have a home elsewhere in ours; `fp16` and `bf16` may be given to tune loss scaling."""
+"""Keys of DeepSpeed's config that have a home elsewhere in ours; `fp16` and `bf16` may be given for loss scaling."""
 
 
 def build_ds_config(

@@ -53,17 +53,18 @@ def _built(config: ModelConfig) -> PretrainedConfig:
 
 
 def _read(config: ModelConfig) -> PretrainedConfig:
+    path = str(config.path)
     try:
         return AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
-        raise ModelError(f"model {config.path}: {why_not_loaded(config.path, error)}") from error
+        raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
 
 
-def why_not_loaded(path: str | None, error: Exception) -> str:
+def why_not_loaded(path: str, error: Exception) -> str:
     """What a user can do about a model or tokenizer that transformers could not load, in a line."""
-    looks_local = path is not None and (path.startswith((".", "/", "~")) or path.count("/") != 1)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
         return "no such folder, and not a hub id (org/name)"
     if "trust_remote_code" in str(error):
@@ -85,9 +86,8 @@ def check_tokenizer(architecture: PretrainedConfig, tokenizer: PreTrainedTokeniz
 
 def compute_dtype(config: ModelConfig, architecture: PretrainedConfig) -> torch.dtype:
     """Precision of forward and backward; `auto` is that of the saved weights, fp32 when they do not say."""
-    if config.dtype == "auto":
-        return architecture.dtype or torch.float32
-    dtype = getattr(torch, config.dtype)
+    saved = architecture.dtype or torch.float32
+    dtype = saved if config.dtype == "auto" else getattr(torch, config.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -104,9 +104,10 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Modu
     if config.from_config is not None:
         model = AutoModelForCausalLM.from_config(architecture, **options)
     else:
+        path = str(config.path)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                config.path,
+                path,
                 config=architecture,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
@@ -114,7 +115,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Modu
                 **options,
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {config.path}: {why_not_loaded(config.path, error)}") from error
+            raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:

@@ -161,7 +161,7 @@ def test_rows_that_are_not_taken_are_not_judged(tmp_path: Path) -> None:
 
 
 def test_truncations_and_ties_are_counted(tmp_path: Path) -> None:
-    long = GOOD | {"chosen": " It is blue." * 50}
+    long = GOOD | {"chosen": " It is blue." * 80}
     tie = GOOD | {"rejected": GOOD["chosen"]}
     report = tokenize_chunk(chunk(long, tie, GOOD), job(tmp_path, weights=(2.0,)))
     assert (report.truncated, report.ties) == ({"chosen": 2}, 2)
