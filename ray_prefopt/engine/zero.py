@@ -43,7 +43,7 @@ def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:
     return HfDeepSpeedConfig(dict(ds_config))
 
 
-class _Writer(TorchCheckpointEngine):
+class _Writer(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed is not typed
     """Keeps an error of writing until saving is over: the other ranks wait in a barrier for this one."""
 
     failure: Exception | None = None
@@ -130,6 +130,7 @@ class ZeroEngine:
             raise self._writer.failure
 
     def load(self, folder: Path) -> None:
+        own_options = [dict(group) for group in self._optimizer.param_groups]
         try:
             path, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
@@ -138,6 +139,21 @@ class ZeroEngine:
             raise CheckpointError(f"{folder}: DeepSpeed cannot load it: {error}") from error
         if path is None:  # DeepSpeed only warns, and would train from step 0
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
+        if self._engine.load_universal_checkpoint():
+            self._mend_universal(own_options)
+
+    def _mend_universal(self, own_options: list[dict[str, Any]]) -> None:
+        """Stage 3 loads one step counter for all weights to count up, and the first group's options into all groups."""
+        for group, own in zip(self._optimizer.param_groups, own_options, strict=True):
+            group["weight_decay"] = own["weight_decay"]
+        for state in self._optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        """The one over this rank's shards."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
 
 def to_universal(folder: Path, out: Path) -> None:
