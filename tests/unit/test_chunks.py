@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ray_prefopt.data.blocks import BLOCK_SCHEMA, decode
-from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, tokenize_chunk
+from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, read_task, tokenize_chunk, tokenize_task
 from ray_prefopt.data.formats import Skipped
-from ray_prefopt.data.rows import Chunk, Row
+from ray_prefopt.data.rows import Chunk, InputFile, Lane, Row
 from ray_prefopt.data.tokenization import LengthLimits
 from ray_prefopt.errors import DataError
 from tests.tiny import chat_row, tiny_tokenizer
@@ -200,6 +200,17 @@ def test_a_storage_that_refuses_is_named(tmp_path: Path) -> None:
         DataError, match=r"part-000-00000-000000\.parquet cannot be written .*: free some space"
     ):
         tokenize_chunk(chunk(GOOD), job(tmp_path / "file"))
+
+
+def test_the_tasks_of_ray_data_pass_pickles(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(GOOD | {"prompt": str(number)}) + "\n" for number in range(3)))
+    lane = Lane(0, 4, (InputFile(str(path), "jsonl", None, ()),), None, frozenset(GOOD))
+    rows = list(read_task({"lane": pickle.dumps(lane)}, rows=2))
+    reports = [pickle.loads(tokenize_task(row, job=job(tmp_path))["report"]) for row in rows]
+    assert [(report.key, report.taken) for report in reports] == [((0, 4, 0), 2), ((0, 4, 1), 1)]
+    prompts = [prompt for report in reports for prompt, _, _ in texts(tmp_path, report)]
+    assert prompts == ["0", "1", "2"]
 
 
 def test_tasks_import_neither_torch_nor_ray() -> None:
