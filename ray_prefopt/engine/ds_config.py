@@ -25,11 +25,15 @@ def build_ds_config(
     """DeepSpeed's config for an engine section; `engine.deepspeed` is merged over it, key by key.
 
     Gradient accumulation is ours (`managed_gradient_accumulation: false`): `engine.step()` is the boundary, so that a
-    step may hold any number of micro-batches. Raises ConfigError for a key that has a home elsewhere in the tree.
+    step may hold any number of micro-batches. Raises ConfigError for a key that has a home elsewhere in the tree, and for fp16 on CPUs.
     """
     for key, home in OWNED.items():
         if key in engine.deepspeed and key not in ("fp16", "bf16"):
             raise ConfigError(f"engine.deepspeed.{key} is set by {home}: use that instead")
+    if dtype == "float16" and engine.zero_stage and not use_gpu:
+        raise ConfigError(
+            "model.dtype float16 needs GPUs under ZeRO 1 to 3, which have none here: use bfloat16, or set run.use_gpu"
+        )
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage and use_gpu:
         zero["overlap_comm"] = True

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -72,6 +73,7 @@ class ZeroEngine:
         device: torch.device,
     ) -> None:
         optimizer = build_optimizer(module, optim)
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # what an earlier engine of this process left on
         with redirect_stdout(io.StringIO()):  # memory reports, printed whatever the log level
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -85,7 +87,10 @@ class ZeroEngine:
         self._engine._copy_recovery_script = lambda _: None  # export does what that script does
         self.module = module
         self.device = device
-        self._scales_loss = bool(ds_config["fp16"]["enabled"])
+        autocast = ds_config["torch_autocast"]
+        self._scales_loss = ds_config["fp16"]["enabled"] or (
+            autocast["enabled"] and autocast["dtype"] == "float16"
+        )
         self._unsharded_norm = math.nan
         if ds_config["zero_optimization"]["stage"] == 0:
             optimizer.register_step_pre_hook(self._clip_unsharded(optim.max_grad_norm))
@@ -112,8 +117,11 @@ class ZeroEngine:
 
         def clip(optimizer: Optimizer, *_: Any) -> None:
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            self._unsharded_norm = float(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
-            if not math.isfinite(self._unsharded_norm):
+            # A fused optimizer gets scaled fp16 gradients, and their scale.
+            scale = float(1.0 if (scale := getattr(optimizer, "grad_scale", None)) is None else scale)
+            norm = nn.utils.clip_grad_norm_(weights, (max_grad_norm or math.inf) * scale)
+            self._unsharded_norm = float(norm) / scale
+            if not math.isfinite(self._unsharded_norm) and not self._scales_loss:
                 raise NonFiniteError(f"the gradient norm is {self._unsharded_norm}")
 
         return clip
