@@ -56,44 +56,38 @@ def steps_in(folder: str | Path) -> list[int]:
     return [step for step, _ in checkpoint_module._folders(*fsspec.core.url_to_fs(str(folder)))]
 
 
-@pytest.fixture
-def on_ranks() -> Callable[..., list[Any]]:
-    """`on_ranks(n, work)` calls `work` on n threads that talk like ranks, and returns what each returned or raised."""
+def on_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned or raised on each of several threads that talk like ranks."""
+    here = threading.local()
+    box: list[Any] = [None] * world_size
+    barrier = threading.Barrier(world_size, timeout=20)
+    results: list[Any] = [None] * world_size
 
-    def run(world_size: int, work: Callable[[], Any]) -> list[Any]:
-        here = threading.local()
-        box: list[Any] = [None] * world_size
-        barrier = threading.Barrier(world_size, timeout=20)
+    def all_gather(value: Any) -> list[Any]:
+        box[here.rank] = value
+        barrier.wait()
+        found = list(box)
+        barrier.wait()
+        return found
 
-        def all_gather(value: Any) -> list[Any]:
-            box[here.rank] = value
-            barrier.wait()
-            found = list(box)
-            barrier.wait()
-            return found
+    def rank_main(rank: int) -> None:
+        here.rank = rank
+        try:
+            results[rank] = work()
+        except Exception as error:
+            results[rank] = error
 
-        results: list[Any] = [None] * world_size
-
-        def rank_main(rank: int) -> None:
-            here.rank = rank
-            try:
-                results[rank] = work()
-            except Exception as error:
-                results[rank] = error
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranks, "rank", lambda: here.rank)
-            patch.setattr(ranks, "world_size", lambda: world_size)
-            patch.setattr(ranks, "all_gather", all_gather)
-            patch.setattr(ranks, "broadcast", lambda value: all_gather(value)[0])
-            threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        return results
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "rank", lambda: here.rank)
+        patch.setattr(ranks, "world_size", lambda: world_size)
+        patch.setattr(ranks, "all_gather", all_gather)
+        patch.setattr(ranks, "broadcast", lambda value: all_gather(value)[0])
+        threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
 
 
 # --- saving ---
@@ -116,9 +110,7 @@ def test_what_was_saved_is_found(tmp_path: Path) -> None:
     assert everything == {"engine", "MANIFEST.json", *(name for name, _, _ in saved.files)}
 
 
-def test_each_rank_writes_its_part_and_rank_0_the_rest(
-    tmp_path: Path, on_ranks: Callable[..., list[Any]]
-) -> None:
+def test_each_rank_writes_its_part_and_rank_0_the_rest(tmp_path: Path) -> None:
     first, second = on_ranks(2, lambda: save(tmp_path, 1))
     assert first == second == latest_checkpoint(str(tmp_path))
     assert first.world_size == 2
@@ -131,9 +123,7 @@ def test_each_rank_writes_its_part_and_rank_0_the_rest(
     ]
 
 
-def test_a_failure_on_one_rank_stops_all_and_commits_nothing(
-    tmp_path: Path, on_ranks: Callable[..., list[Any]]
-) -> None:
+def test_a_failure_on_one_rank_stops_all_and_commits_nothing(tmp_path: Path) -> None:
     previous = save(tmp_path, 1)
 
     def full_on_rank_1(folder: Path) -> None:
@@ -154,7 +144,7 @@ def test_a_failure_on_one_rank_stops_all_and_commits_nothing(
 
 
 def test_a_failure_to_commit_stops_all_and_commits_nothing(
-    tmp_path: Path, on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     previous = save(tmp_path, 1)
 
@@ -169,7 +159,7 @@ def test_a_failure_to_commit_stops_all_and_commits_nothing(
     assert os.listdir(tmp_path) == [Path(previous.path).name]
 
 
-def test_every_rank_that_failed_is_named(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+def test_every_rank_that_failed_is_named(tmp_path: Path) -> None:
     def fail(_: Path) -> None:
         raise OSError(f"disk {ranks.rank()} is gone")
 
@@ -409,7 +399,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
     return f"memory://bucket/{request.node.name}/checkpoints"
 
 
-def test_remote_storage_keeps_the_same_promises(bucket: str, on_ranks: Callable[..., list[Any]]) -> None:
+def test_remote_storage_keeps_the_same_promises(bucket: str) -> None:
     for step in range(1, 5):
         on_ranks(2, lambda step=step: save(bucket, step, retained=2, best_step=1))
     assert steps_in(bucket) == [1, 3, 4]
@@ -433,9 +423,7 @@ def test_remote_storage_keeps_the_same_promises(bucket: str, on_ranks: Callable[
     assert latest_checkpoint(bucket) == fallen_back
 
 
-def test_remote_storage_that_fails_commits_nothing(
-    bucket: str, on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remote_storage_that_fails_commits_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fs, root = fsspec.core.url_to_fs(bucket)
     save(bucket, 1)
     put_file = type(fs).put_file
@@ -455,9 +443,7 @@ def test_remote_storage_that_fails_commits_nothing(
     assert len(fs.ls(root)) == 1
 
 
-def test_a_copy_is_made_once_per_node_and_read_by_all(
-    bucket: str, on_ranks: Callable[..., list[Any]]
-) -> None:
+def test_a_copy_is_made_once_per_node_and_read_by_all(bucket: str) -> None:
     saved = save(bucket, 1)
 
     def read() -> tuple[Path, bytes]:
@@ -471,7 +457,7 @@ def test_a_copy_is_made_once_per_node_and_read_by_all(
     assert first.parent == Path(tempfile.gettempdir())
 
 
-def test_what_cannot_be_made_fails_on_all_ranks(on_ranks: Callable[..., list[Any]]) -> None:
+def test_what_cannot_be_made_fails_on_all_ranks() -> None:
     def fail(folder: Path) -> None:
         (folder / "half").touch()
         raise CheckpointError(f"cannot convert into {folder}")
