@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+"""A name or place; an empty one comes from an unset variable of a shell."""
 
 
 class Config(BaseModel):
     """Base of every section: frozen, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class LoraConfig(Config):
@@ -27,23 +30,27 @@ class LoraConfig(Config):
     lora_alpha: float = 32
     """Scale of the update: the adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
+    """Share of the adapter's inputs that are dropped in training."""
     target_modules: str | list[str] = "all-linear"
     """Module names, a regular expression, or `all-linear`."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved beside the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained too."""
     use_rslora: bool = False
+    """Divide lora_alpha by the square root of r instead (arXiv 2312.03732)."""
     use_dora: bool = False
+    """Train the magnitude of the weights apart from their direction (arXiv 2402.09353)."""
 
 
 class ModelConfig(Config):
     """Which model is trained, and how it is built."""
 
-    path: str | None = None
+    path: Text | None = None
     """Folder or hub id of the model (and of its tokenizer, unless `tokenizer` says otherwise)."""
     from_config: dict[str, Any] | None = None
     """Architecture to initialise at random instead of loading weights: `{model_type: qwen2, hidden_size: 64, ...}`."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder or hub id of the tokenizer; `path` when not given."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -61,10 +68,14 @@ class ModelConfig(Config):
     """Train low-rank adapters instead of all weights."""
 
     @model_validator(mode="after")
-    def _has_source(self) -> Self:
+    def _has_one_source(self) -> Self:
         if self.path is None and self.from_config is None:
             raise ValueError(
                 "set model.path (a folder or hub id), or model.from_config (an architecture to initialise)"
+            )
+        if self.path is not None and self.from_config is not None:
+            raise ValueError(
+                "path loads weights and from_config makes new ones: leave one out (tokenizer may be set by itself)"
             )
         if self.from_config is not None:
             if "model_type" not in self.from_config:
@@ -81,7 +92,7 @@ class ModelConfig(Config):
 class Source(Config):
     """One place to read preference pairs from. A plain string in `data.train` is a Source with that path."""
 
-    path: str
+    path: Text
     """File, glob, folder, fsspec URI, or Hugging Face dataset id (`org/name`, `org/name:split`)."""
     weight: float = Field(1.0, gt=0.0)
     """How often the source is seen in an epoch: 0.5 takes every other row, 2 takes every row twice."""
@@ -95,7 +106,7 @@ class Source(Config):
     """Branch, tag or commit of a hub dataset."""
 
 
-Sources = str | Source | list[str | Source]
+Sources = Text | Source | list[Text | Source]
 
 
 class DataConfig(Config):
@@ -159,6 +170,7 @@ def _as_sources(value: Sources) -> tuple[Source, ...]:
 class _Loss(Config):
     """What every loss has."""
 
+    kind: str
     beta: float = Field(0.1, gt=0.0)
     """Scale of the reward."""
     cpo_alpha: float = Field(0.0, ge=0.0)
@@ -215,6 +227,7 @@ class SimPOLoss(_SimPOFields):
     """Simple preference optimization: mean log-probability as reward, and a target margin (arXiv 2405.14734)."""
 
     kind: Literal["simpo"] = "simpo"
+    """Which loss."""
 
 
 class CPOSimPOLoss(_SimPOFields):
@@ -237,8 +250,10 @@ class OptimConfig(Config):
     """Any of transformers' optimizer names: `adamw_torch_fused`, `adamw_torch`, `adafactor`, `lion_32bit`, ..."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of that optimizer."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decay of Adam's averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0.0)
+    """Added to the denominator of Adam's update."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Applied to every weight except biases and norms."""
     max_grad_norm: float = Field(1.0, ge=0.0)
@@ -290,11 +305,12 @@ class RunConfig(Config):
 
     name: str | None = None
     """Name of the run; the same name resumes it. Made from the loss and the time when not given."""
-    storage_path: str = "runs"
+    storage_path: Text = "runs"
     """Folder or URI for runs and prepared blocks; with several nodes, one that all of them see."""
     num_workers: int = Field(1, ge=1)
-    """Ray Train workers, that is ranks; one accelerator each when use_gpu is set."""
+    """Ray Train workers, that is ranks."""
     use_gpu: bool = False
+    """Give each worker a GPU."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPUs reserved for each worker; also its number of compute threads."""
     global_batch: int = Field(128, ge=1)
@@ -302,9 +318,11 @@ class RunConfig(Config):
     micro_batch: int = Field(4, ge=1)
     """Pairs per forward pass of a worker."""
     epochs: int = Field(1, ge=1)
+    """Times that every pair is seen."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever epochs says."""
     seed: int = Field(42, ge=0)
+    """Of the order of the pairs, of new weights and of dropout."""
     log_steps: int = Field(1, ge=1)
     """Optimizer steps per line of metrics.jsonl."""
     eval_steps: int | None = Field(None, ge=1)
@@ -319,7 +337,7 @@ class RunConfig(Config):
     """Metric whose best checkpoint is kept: `eval_rewards/accuracies` when there is an evaluation set."""
     max_failures: int = Field(0, ge=-1)
     """Times the workers are started again after one of them died; -1 is without limit."""
-    resume_from: str | None = None
+    resume_from: Text | None = None
     """Checkpoint folder to start from, of this or another run."""
     on_bad_checkpoint: Literal["refuse", "fallback"] = "refuse"
     """When the newest checkpoint is torn: stop with its name, or use the one before."""
@@ -336,7 +354,7 @@ class RunConfig(Config):
     @classmethod
     def _safe_name(cls, name: str | None) -> str | None:
         if name is not None and not RUN_NAME.fullmatch(name):
-            raise ValueError(f"run.name is a folder name of letters, digits, '.', '_' and '-'; got {name!r}")
+            raise ValueError(f"must be a folder name of letters, digits, '.', '_' and '-'; got {name!r}")
         return name
 
 

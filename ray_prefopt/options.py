@@ -46,6 +46,11 @@ class Option:
         """Whether it holds further fields when it is set."""
         return any(isinstance(part, type) and issubclass(part, BaseModel) for part in _parts(self.annotation))
 
+    @property
+    def is_list(self) -> bool:
+        """Whether it may hold several values, so that its flag may be repeated."""
+        return self.takes(list) or self.takes(tuple)
+
     def takes(self, kind: type) -> bool:
         """Whether a value of this type is among those of the field."""
         parts = set(map(_plain, _parts(self.annotation)))
@@ -147,8 +152,10 @@ def dotted(keys: Keys) -> str:
 
 
 def did_you_mean(names: Sequence[str], dashes: str = "") -> str:
-    """' Did you mean X or Y?', or nothing when there is no name."""
-    return f" Did you mean {' or '.join(dashes + name for name in names)}?" if names else ""
+    """' Did you mean X or Y?', or where to look when there is no name."""
+    if not names:
+        return " `ray-prefopt train --help` lists the fields."
+    return f" Did you mean {' or '.join(dashes + name for name in names)}?"
 
 
 def has(value: Any, key: str | int) -> bool:

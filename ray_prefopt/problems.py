@@ -49,21 +49,25 @@ class Problems:
         for details in error.errors(include_url=False):
             keys, fits = self._resolve(details)
             by_field.setdefault(".".join(map(str, keys[:2])), []).append((keys, fits, details))
-        problems = []
+        problems: dict[Keys, list[ErrorDetails]] = {}
         for found in by_field.values():
             by_keys: dict[Keys, list[ErrorDetails]] = {}
             for keys, _, details in [item for item in found if item[1]] or found:
                 by_keys.setdefault(keys, []).append(details)
             # The branches of a union that do not fit complain higher up than the one that does.
-            deepest = [
-                keys for keys in by_keys if not any(other[: len(keys)] == keys != other for other in by_keys)
-            ]
-            problems += [self._sentence(keys, by_keys[keys]) for keys in deepest]
-        named = [name for problem in problems for name in re.findall(r"Did you mean (.*)\?", problem)]
+            for keys, several in by_keys.items():
+                if not any(other[: len(keys)] == keys != other for other in by_keys):
+                    problems[keys] = several
+        meant = {
+            name
+            for keys, several in problems.items()
+            if several[0]["type"] == "extra_forbidden"
+            for name in _meant(keys)
+        }
         return [
-            problem
-            for problem in problems
-            if not (" is missing" in problem and any(problem.partition(" ")[0] in text for text in named))
+            self._sentence(keys, several)
+            for keys, several in problems.items()
+            if not (several[0]["type"] == "missing" and dotted(keys) in meant)
         ]
 
     def booleans(self) -> list[str]:
@@ -92,14 +96,14 @@ class Problems:
             elif is_last and details["type"] == "missing":
                 keys.append(part)
             elif isinstance(current, str):
-                fits = fits and part == "str"
+                fits = fits and str(part).endswith("str")
             elif isinstance(current, list):
                 fits = fits and str(part).startswith(("list[", "tuple["))
             elif isinstance(current, Mapping) and str(part).startswith(
-                ("dict[", "list[", "str", Source.__name__)
+                ("dict[", "list[", "constrained-str", "str", Source.__name__)
             ):
-                is_source = not current.keys().isdisjoint(Source.model_fields)
-                fits = fits and str(part).startswith(Source.__name__ if is_source else "dict[")
+                is_named_sets = keys == ["data", "eval"] and current.keys().isdisjoint(Source.model_fields)
+                fits = fits and str(part).startswith("dict[" if is_named_sets else Source.__name__)
         return tuple(keys), fits
 
     def _place(self, keys: Keys, text: str) -> str:
@@ -110,12 +114,20 @@ class Problems:
                 return f"{where} {text}" if where.startswith("--") else f"{where}: {dotted(keys)} {text}"
         return f"{dotted(keys)} {text}"
 
+    def _value(self, keys: Keys) -> Any:
+        value: Any = self.values
+        for key in keys:
+            value = value[key]
+        return value
+
     def _sentence(self, keys: Keys, found: Sequence[ErrorDetails]) -> str:
         details = found[0]
         kind = details["type"]
         if kind == "extra_forbidden":
             return self._unknown(keys)
         if kind == "missing":
+            if isinstance(keys[-1], int):
+                return self._place(keys[:-1], f"is too short; got {_show(self._value(keys[:-1]))}")
             if dotted(keys) in options():
                 return f"{dotted(keys)} is missing: set it in a file or with --{dotted(keys)}"
             return self._place(keys[:-1], f"lacks {dotted(keys[-1:])}")
@@ -126,16 +138,18 @@ class Problems:
         if details["loc"][-1] == "[key]":
             expected = details.get("ctx", {}).get("expected")
             return self._place(keys, f"is not a key of {dotted(keys[:-1])}; its keys are {expected}")
-        value: Any = self.values
-        for key in keys:
-            value = value[key]
+        value = self._value(keys)
         expected = " or ".join(dict.fromkeys(map(_expectation, found)))
         option = options().get(dotted(keys))
-        advice = suggest(value, map(str, option.choices)) if option and isinstance(value, str) else ""
+        advice = suggest(value.lower(), map(str, option.choices)) if option and isinstance(value, str) else ""
         return self._place(keys, f"must be {expected}; got {_show(value)}{'.' if advice else ''}{advice}")
 
     def _unknown(self, keys: Keys) -> str:
         name = dotted(keys)
+        parts = str(keys[-1]).split(".")
+        if len(parts) > 1 and name in options():
+            nested = "{" + ": {".join(parts) + ": ..." + "}" * len(parts)
+            return self._place(keys, f"is a field, but not in one key: write {nested}")
         option = options().get(name)
         if option is not None and option.kinds:
             chosen = self.values["loss"]["kind"]
@@ -143,23 +157,28 @@ class Problems:
                 keys,
                 f"is not a field of loss.kind {chosen}; the kinds that have it: {', '.join(option.kinds)}",
             )
-        parent = dotted(keys[:-1])
-        in_source = parent.startswith(("data.train", "data.eval"))
-        known = (
-            [f"{parent}.{field}" for field in Source.model_fields] if in_source else [*options(), *sections()]
-        )
         sentence = self._place(keys, "is not a field.")
-        return sentence + did_you_mean(nearest_fields(name, known), "--" if sentence.startswith("--") else "")
+        return sentence + did_you_mean(_meant(keys), "--" if sentence.startswith("--") else "")
 
     def _contradiction(self, keys: Keys, message: str) -> str:
-        """A validator's message, at the first field that it speaks of and that somebody set."""
+        """A validator's message: on a field, or on a section, at the first field that it names and somebody set."""
         section = dotted(keys)
+        if section in options():
+            return self._place(keys, message)
         fields = [word for word in re.findall(r"\w+", message) if f"{section}.{word}" in options()]
         places = [layer.locate((*keys, field)) for field in fields for layer in reversed(self.layers)]
         places += [layer.locate(keys) for layer in reversed(self.layers)]
         where = next((place for place in places if place is not None), None)
         prefix = "" if f"{keys[0]}." in message else f"{section}: "
         return f"{where}: {prefix}{message}" if where else f"{prefix}{message}"
+
+
+def _meant(keys: Keys) -> list[str]:
+    """The fields that an unknown key may stand for."""
+    parent = dotted(keys[:-1])
+    if parent.startswith(("data.train", "data.eval")):
+        return nearest_fields(dotted(keys), [f"{parent}.{field}" for field in Source.model_fields])
+    return nearest_fields(dotted(keys), [*options(), *sections()])
 
 
 def _expectation(details: ErrorDetails) -> str:
@@ -170,6 +189,8 @@ def _expectation(details: ErrorDetails) -> str:
         ).replace(" or ", ", ")
     if kind in _BOUNDS:
         return f"{_BOUNDS[kind]} {next(iter(context.values())):g}"
+    if kind == "string_too_short":
+        return "text that is not empty"
     if kind in ("too_long", "too_short"):
         return f"a list of {context.get('max_length', context.get('min_length'))}"
     return _EXPECTED.get(kind.partition("_")[0], f"valid ({details['msg']})")

@@ -1,8 +1,8 @@
 """Read a TrainConfig from YAML files and command line flags, and say plainly what is wrong with them.
 
-PyYAML reads files, with the numbers of YAML 1.2 (so that `5e-7` is one); pydantic-settings reads
-`--section.field value`; pydantic validates the two together. Ours is the rest: where a value came from, and which
-name the user may have meant. Every problem is a ConfigError. Imports neither torch nor ray.
+PyYAML reads files, and flags that do not take text, with the numbers of YAML 1.2 (so that `5e-7` is one); pydantic
+validates the two together. Every problem is a ConfigError that says where the value came from, and which name the
+user may have meant. Imports neither torch nor ray.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
@@ -147,7 +146,10 @@ def _read_file(path: Path) -> _File:
             f"config file {path} does not exist; the working directory is {Path.cwd()}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}; give a YAML file in UTF-8") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"config file {path} cannot be read: {reason}; give a YAML file in UTF-8"
+        ) from error
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -166,9 +168,8 @@ def _read_file(path: Path) -> _File:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
-            f"{where}: this is not YAML: {problem}; check indentation, colons and quotes"
-        ) from error
+        advice = "indent with spaces" if r"'\t'" in problem else "check indentation, colons and quotes"
+        raise ConfigError(f"{where}: this is not YAML: {problem}; {advice}") from error
     return _File(str(path), values, root)
 
 
@@ -200,17 +201,11 @@ def _check_keys(root: yaml.Node, name: str) -> None:
                 waiting.append((value, path))
 
 
-class _FlagSettings(BaseSettings, TrainConfig):
-    """The tree as pydantic-settings wants it: only its fields are used, never an instance."""
-
-    model_config = SettingsConfigDict(extra="forbid")
-
-
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate `--section.field value` from the other arguments of a command; also `--section JSON`.
 
-    >>> split_flags(["run.yaml", "--loss.beta", "3", "--dry-run", "--run.use-gpu", "--json"])
-    (['run.yaml', '--dry-run', '--json'], ['--loss.beta=3', '--run.use-gpu'])
+    >>> split_flags(["run.yaml", "--loss.beta", "3", "--dry-run", "--run.use-gpu", "-v"])
+    (['run.yaml', '--dry-run', '-v'], ['--loss.beta=3', '--run.use-gpu'])
     """
     rest: list[str] = []
     flags: list[str] = []
@@ -220,7 +215,7 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         name, is_complete, _ = token.partition("=")
         if not name.startswith("--") or not ("." in name or name[2:] in sections()):
             rest.append(token)
-        elif not is_complete and waiting and not waiting[0].startswith("--"):
+        elif not is_complete and waiting and not re.match("--|-[a-z]$", waiting[0]):
             flags.append(f"{token}={waiting.pop(0)}")
         else:
             flags.append(token)
@@ -228,31 +223,31 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _read_flags(arguments: Sequence[str]) -> _Flags:
-    """Nested values of `--section.field value` flags; a bare flag means true."""
+    """Nested values of `--section.field value` flags, in their order: lists grow, mappings are merged."""
     rest, flags = split_flags(arguments)
     if rest:
         names = nearest_fields(rest[0].lstrip("-").partition("=")[0], list(options()))
         raise ConfigError(f"{rest[0]} is not a flag of the config.{did_you_mean(names, '--')}")
-    given: dict[str, list[str]] = {}
-    mappings: list[dict[str, Any]] = []
+    values: dict[str, Any] = {}
+    given: dict[Keys, tuple[str, Any]] = {}
     for flag in flags:
         typed, has_value, text = flag.partition("=")
         keys, option = _find_field(typed)
         if not has_value and not (option and option.takes(bool)):
             raise ConfigError(f"{typed} needs a value: {typed} VALUE")
-        if option and len(keys) > option.name.count(".") + 1:
-            mappings.append(_nest(keys, parse_scalar(text)))
-        elif text != "null" and _is_mapping_text(option, text):
-            mappings.append(_nest(keys, _parse_mapping(typed, text)))
-        else:
-            given.setdefault(".".join(keys), []).append(text if has_value else "true")
-    values = _parse_given(given)
-    for mapping in mappings:
-        values = _merge(values, mapping)
+        value = _parse_value(typed, keys, option, text if has_value else "true")
+        for other, (spelled, held) in given.items():
+            if _leaves_no_room(other, held, keys) or _leaves_no_room(keys, value, other):
+                raise ConfigError(f"{spelled} and {flag} contradict each other; leave one out")
+        grows = option and option.is_list and not (option.is_mapping and isinstance(value, Mapping))
+        if grows and given.get(keys, (flag, None))[1] is not None:
+            value = [*_as_list(given[keys][1]), *_as_list(value)]
+        given[keys] = flag, value
+        values = _merge(values, _nest(keys, value))
     return _Flags(values)
 
 
-def _find_field(flag: str) -> tuple[list[str], Option | None]:
+def _find_field(flag: str) -> tuple[Keys, Option | None]:
     """The keys that a flag sets, and its field, which is None for a whole section.
 
     In names `-` and `_` are the same; keys inside a mapping are the user's own and keep their spelling.
@@ -262,71 +257,41 @@ def _find_field(flag: str) -> tuple[list[str], Option | None]:
         name = ".".join(typed[:size]).replace("-", "_")
         option = options().get(name)
         if option and (size == len(typed) or option.is_mapping):
-            return [*name.split("."), *typed[size:]], option
+            return (*name.split("."), *typed[size:]), option
+        if option and not any(other.startswith(f"{name}.") for other in options()):
+            raise ConfigError(f"{flag} is not a field: set --{name} as a whole")
         if size == len(typed) and name in sections():
-            return [name], None
+            return (name,), None
     names = nearest_fields(flag[2:], [*options(), *sections()])
     raise ConfigError(f"{flag} is not a field.{did_you_mean(names, '--')}")
 
 
-def _parse_given(given: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Nested values of texts by dotted name.
-
-    pydantic-settings reads them, except where text and a list of it are both allowed: there it splits at commas and
-    brackets, which paths may have. Numbers of a Literal it leaves as text.
-    """
-    nulls = [name for name, texts in given.items() if texts[-1] == "null"]
-    clash = next(((name, other) for name in nulls for other in given if other.startswith(name + ".")), None)
-    if clash:
-        both = f"--{clash[0]}=null and --{clash[1]}={given[clash[1]][-1]}"
-        raise ConfigError(f"{both} contradict each other; leave one out")
-    listed = [
-        name for name in given.keys() - nulls if options()[name].takes(str) and options()[name].takes(list)
-    ]
-    plain = {name: texts for name, texts in given.items() if name not in {*nulls, *listed}}
-    arguments = [f"--{name}={text}" for name, texts in plain.items() for text in texts]
-    try:
-        source = CliSettingsSource[Any](
-            _FlagSettings, cli_prog_name="", cli_exit_on_error=False, cli_parse_args=arguments
-        )
-        values: dict[str, Any] = dict(source())
-    except SettingsError as error:
-        raise ConfigError(f"{error}; give a value, or JSON for a list or mapping") from error
-    for name in plain:
-        *parents, leaf = name.split(".")
-        section: Any = values
-        for key in parents:
-            section = section[key]
-        if isinstance(section[leaf], str) and not options()[name].takes(str):
-            section[leaf] = parse_scalar(section[leaf])
-    for name in nulls:
-        values = _merge(values, _nest(name.split("."), None))
-    for name in listed:
-        values = _merge(values, _nest(name.split("."), _parse_listed(given[name])))
-    return values
-
-
-def _parse_listed(texts: Sequence[str]) -> Any:
-    """One value as it is, several as a list; JSON lists and mappings are opened, other text is itself."""
-    values = []
-    for text in texts:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        values.append(value if isinstance(value, list | dict) else text)
-    if len(values) == 1:
-        return values[0]
-    return [item for value in values for item in (value if isinstance(value, list) else [value])]
-
-
-def _is_mapping_text(option: Option | None, text: str) -> bool:
-    """Whether the text is YAML, or JSON, for a section or mapping as a whole."""
+def _parse_value(flag: str, keys: Keys, option: Option | None, text: str) -> Any:
+    """The value that a text stands for: itself where the field takes text, else what YAML reads."""
+    if option is not None and dotted(keys) != option.name:  # a key inside a mapping
+        return parse_scalar(text)
+    if text == "null":
+        return None
     if option is None:
-        return True
+        return _parse_mapping(flag, text)
     if option.takes(str):
-        return option.is_mapping and isinstance(parse_scalar(text), Mapping)
-    return option.is_mapping or option.is_section
+        if option.is_mapping and isinstance(parse_scalar(text), Mapping):
+            return _parse_mapping(flag, text)
+        return _parse_json(text) if option.is_list else text
+    if option.is_mapping or option.is_section:
+        return _parse_mapping(flag, text)
+    if option.is_list:
+        return parse_scalar(text if text.startswith("[") else f"[{text}]")
+    return parse_scalar(text)
+
+
+def _parse_json(text: str) -> Any:
+    """A list or mapping in JSON, or the text: YAML would take the brackets of a glob for a list."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, list | dict) else text
 
 
 def _parse_mapping(flag: str, text: str) -> Any:
@@ -338,7 +303,16 @@ def _parse_mapping(flag: str, text: str) -> Any:
     return value
 
 
-def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+def _leaves_no_room(keys: Keys, value: Any, below: Keys) -> bool:
+    """Whether nothing can be set `below` these keys, because they hold a value that is no mapping."""
+    return len(keys) < len(below) and below[: len(keys)] == keys and not isinstance(value, Mapping)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _nest(keys: Keys, value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return dict(value)
@@ -378,7 +352,7 @@ def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     if isinstance(values.get("loss"), dict):
         values["loss"]["kind"] = config.loss.kind
     for name, value in changes.items():
-        values = _merge(values, _nest(name.split("."), value))
+        values = _merge(values, _nest(tuple(name.split(".")), value))
     return _build(values, [])
 
 

@@ -55,6 +55,11 @@ def test_json_reads_back_equal() -> None:
             {"from_config": {"hidden_size": 8}, "tokenizer": "t"},
             r"model_type; got keys \['hidden_size'\]",
         ),
+        (
+            ModelConfig,
+            {"path": "m", "from_config": {"model_type": "qwen2"}, "tokenizer": "t"},
+            "path loads weights and from_config makes new ones: leave one out",
+        ),
         (ModelConfig, {"from_config": {"model_type": "qwen2"}}, r"no tokenizer: set model\.tokenizer"),
         (
             DataConfig,
@@ -79,7 +84,7 @@ def test_json_reads_back_equal() -> None:
             "needs zero_stage 1, 2 or 3; got zero_stage 0",
         ),
         (RunConfig, {"name": "../x"}, r"folder name of letters, digits, .*; got '\.\./x'"),
-        (RunConfig, {"name": "x" * 129}, "run.name is a folder name"),
+        (RunConfig, {"name": "x" * 129}, "must be a folder name"),
     ],
 )
 def test_contradictions_are_refused(section: type, values: dict[str, Any], message: str) -> None:
