@@ -1,5 +1,7 @@
 """Optimizer and schedule from transformers, by their names there."""
 
+import inspect
+import logging
 import math
 from typing import Any
 
@@ -17,6 +19,9 @@ from ray_prefopt.errors import ConfigError, suggest
 TRAINER: Any = Trainer
 """For two of its answers, which need neither an instance nor a PreTrainedModel, whatever their annotations say."""
 
+# It advises to launch with torchrun whenever a process group is there.
+logging.getLogger("transformers.training_args").setLevel(logging.ERROR)
+
 
 def check_names(optim: OptimConfig) -> None:
     """Raises ConfigError when transformers has no optimizer or schedule of that name."""
@@ -30,20 +35,33 @@ def check_names(optim: OptimConfig) -> None:
             )
 
 
+def check_optim(optim: OptimConfig) -> None:
+    """Raises ConfigError when the optimizer or schedule cannot be built here; takes milliseconds, for the driver."""
+    build_schedule(build_optimizer(nn.Linear(1, 1), optim), optim, total_steps=1)
+
+
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
-    """The optimizer over the trainable parameters, weight decay on those that are neither bias nor norm."""
+    """The optimizer over the trainable parameters, weight decay on those that are neither bias nor norm.
+
+    Raises ConfigError when transformers has none of that name, it is not installed, or does not take optim.args.
+    """
     check_names(optim)
+    for key, home in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if key in optim.args:
+            raise ConfigError(f"optim.args.{key} is set by optim.{home}: use that instead")
     arguments = TrainingArguments(
         output_dir="unused",
         optim=optim.name,
-        optim_args=",".join(f"{key}={value}" for key, value in optim.args.items()) or None,
         learning_rate=optim.learning_rate,
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         adam_epsilon=optim.eps,
         report_to="none",
     )
-    optimizer_class, options = TRAINER.get_optimizer_cls_and_kwargs(arguments, module)
+    try:
+        optimizer_class, options = TRAINER.get_optimizer_cls_and_kwargs(arguments, module)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"optim.name: {optim.name} cannot be used here: {error}") from error
     if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
         raise ConfigError(
             f"optim.name: {optim.name} builds itself from whole layers, which ZeRO shards: "
@@ -58,16 +76,34 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         },
         {"params": [weight for name, weight in trainable if name not in decayed], "weight_decay": 0.0},
     ]
-    optimizer: Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    try:
+        optimizer: Optimizer = optimizer_class(
+            [group for group in groups if group["params"]], **{**options, **optim.args}
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.args: {optim.name} does not take {optim.args}: {error}") from error
     return optimizer
 
 
 def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -> LRScheduler:
-    """The learning rate of each step, from 0 through the peak."""
-    return get_scheduler(
-        optim.schedule,
-        optimizer,
-        num_warmup_steps=math.ceil(optim.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=dict(optim.schedule_args),
-    )
+    """The learning rate of each step, from 0 through the peak.
+
+    Raises ConfigError when the schedule does not take optim.schedule_args, or follows something else than steps.
+    """
+    try:
+        schedule = get_scheduler(
+            optim.schedule,
+            optimizer,
+            num_warmup_steps=math.ceil(optim.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=dict(optim.schedule_args),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optim.schedule_args: {optim.schedule} does not take {optim.schedule_args}: {error}"
+        ) from error
+    if "metrics" in inspect.signature(schedule.step).parameters:
+        raise ConfigError(
+            f"optim.schedule: {optim.schedule} follows a metric; use one of steps, such as cosine"
+        )
+    return schedule

@@ -23,7 +23,7 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.blocks import Blocks
 from ray_prefopt.data.prepare import prepare
 from ray_prefopt.engine.ds_config import build_ds_config
-from ray_prefopt.engine.optimizer import check_names
+from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, PrefoptError, ResourceError, TrainingError
 from ray_prefopt.model.load import check_tokenizer, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
@@ -248,7 +248,7 @@ def start_ray(config: TrainConfig) -> None:
 
 def _check_model(config: TrainConfig) -> PretrainedConfig:
     """Everything about model and engine that a driver can find out in seconds."""
-    check_names(config.optim)
+    check_optim(config.optim)
     if config.engine.kind == "zero":
         build_ds_config(
             config.engine,
