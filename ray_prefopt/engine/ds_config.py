@@ -13,10 +13,11 @@ OWNED = {
     "optimizer": "optim.name",
     "scheduler": "optim.schedule",
     "gradient_clipping": "optim.max_grad_norm",
-    "fp16": "model.dtype",
-    "bf16": "model.dtype",
+    "fp16.enabled": "model.dtype",
+    "bf16.enabled": "model.dtype",
+    "zero_optimization.stage": "engine.zero_stage",
 }
-"""Keys of DeepSpeed's config that have a home elsewhere in ours; `fp16` and `bf16` may be given for loss scaling."""
+"""Keys of DeepSpeed's config that have a home elsewhere in ours."""
 
 
 def build_ds_config(
@@ -25,11 +26,14 @@ def build_ds_config(
     """DeepSpeed's config for an engine section; `engine.deepspeed` is merged over it, key by key.
 
     Gradient accumulation is ours (`managed_gradient_accumulation: false`): `engine.step()` is the boundary, so that a
-    step may hold any number of micro-batches. Raises ConfigError for a key that has a home elsewhere in the tree, and for fp16 on CPUs.
+    step may hold any number of micro-batches. Raises ConfigError for a key that has a home elsewhere in the tree, and
+    for fp16 on CPUs.
     """
-    for key, home in OWNED.items():
-        if key in engine.deepspeed and key not in ("fp16", "bf16"):
-            raise ConfigError(f"engine.deepspeed.{key} is set by {home}: use that instead")
+    for name, home in OWNED.items():
+        section, _, key = name.rpartition(".")
+        given = engine.deepspeed.get(section) if section else engine.deepspeed
+        if isinstance(given, Mapping) and key in given:
+            raise ConfigError(f"engine.deepspeed.{name} is set by {home}: use that instead")
     if dtype == "float16" and engine.zero_stage and not use_gpu:
         raise ConfigError(
             "model.dtype float16 needs GPUs under ZeRO 1 to 3, which have none here: use bfloat16, or set run.use_gpu"
