@@ -81,8 +81,8 @@ class PlainEngine:
         try:
             load_model(self.module, str(folder / "model.safetensors"))
             states = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
+            self._optimizer.load_state_dict(states["optimizer"])
+            self._schedule.load_state_dict(states["schedule"])
+            self._scaler.load_state_dict(states["scaler"])
         except Exception as error:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from error
-        self._optimizer.load_state_dict(states["optimizer"])
-        self._schedule.load_state_dict(states["schedule"])
-        self._scaler.load_state_dict(states["scaler"])
