@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
     PrefoptError: ConfigError, DataError, ModelError, ResourceError and CheckpointError before any worker starts,
     NonFiniteError and TrainingError later.
     """
-    config = _with_name(config)
+    config = with_name(config)
     architecture = _check_model(config)
     start_ray(config)
     folder = _claim_folder(config)
@@ -226,7 +226,7 @@ def _first_failure(error: TrainingFailedError) -> str:
     return "\n".join([f"rank {rank} failed{others}:", *text[-12:]])
 
 
-def _with_name(config: TrainConfig) -> TrainConfig:
+def with_name(config: TrainConfig) -> TrainConfig:
     """The config with a run name; made from the loss and the time when it has none."""
     if config.run.name is not None:
         return config
