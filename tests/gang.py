@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ CONTEXT.set_forkserver_preload(["tests.gang"])
 
 
 def run_gang(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(*args)` returns on each rank; raises AssertionError with the traceback's end when one fails."""
+    """What `work(*args)` returns on each rank; raises what the first failing rank raised, traceback as a note."""
     with tempfile.TemporaryDirectory() as folder:
         results = CONTEXT.SimpleQueue()
         gang = [
@@ -29,9 +30,9 @@ def run_gang(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]
         found = dict(results.get() for _ in gang)
         for process in gang:
             process.join()
-    for rank, (is_error, value) in sorted(found.items()):
+    for is_error, value in (found[rank] for rank in range(world_size)):
         if is_error:
-            raise value if isinstance(value, Exception) else AssertionError(f"rank {rank}: {value}")
+            raise value
     return [found[rank][1] for rank in range(world_size)]
 
 
@@ -49,6 +50,7 @@ def _rank_main(
     try:
         results.put((rank, (False, work(*args))))
     except Exception as error:
+        error.add_note(f"rank {rank}: {traceback.format_exc()}")
         results.put((rank, (True, error)))
     # Without a barrier: after an error the others may be anywhere.
     os._exit(0)

@@ -8,9 +8,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from fsspec.core import url_to_fs
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from ray_prefopt.data.blocks import (
+    FORMAT,
+    Lengths,
+    encode,
+    encode_block,
+    file_entry,
+    write_file,
+    write_manifest,
+)
+from ray_prefopt.data.tokenization import TokenizedPair
 
 CORPUS = [
     "The sky is blue. The sky is black. The grass is green, and the sun is in the sky.",
@@ -170,3 +183,32 @@ def chat_row(question: str, chosen: str, rejected: str) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
     }
+
+
+def random_pairs(count: int, *, vocabulary: int = 400, seed: int = 0) -> list[TokenizedPair]:
+    """Pairs of random ids and of very different lengths: prompts of 1 to 20 tokens, completions of 1 to 30."""
+    rng = np.random.default_rng(seed)
+
+    def ids(longest: int) -> list[int]:
+        return rng.integers(0, vocabulary, rng.integers(1, longest + 1)).tolist()
+
+    def pair(prompt: list[int]) -> TokenizedPair:
+        return TokenizedPair(prompt + ids(30), prompt + ids(30), len(prompt), len(prompt))
+
+    return [pair(ids(20)) for _ in range(count)]
+
+
+def write_blocks(folder: str | Path, pairs: Sequence[TokenizedPair], *, rows: int = 16) -> str:
+    """Write the pairs as prepared blocks of so many rows each, without Ray; returns the folder."""
+    fs, path = url_to_fs(str(folder))
+
+    def put(name: str, count: int, data: bytes) -> dict[str, Any]:
+        write_file(fs, f"{path}/{name}", data)
+        return file_entry(name, count, data)
+
+    parts = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+    blocks = [put(f"try/{i:04}.parquet", len(part), encode_block(part)) for i, part in enumerate(parts)]
+    lengths = put("try/lengths.parquet", len(pairs), encode(Lengths.of(pairs).to_table()))
+    manifest = {"format": FORMAT, "fingerprint": "f", "attempt": "try", "blocks": blocks, "lengths": lengths}
+    write_manifest(str(folder), manifest)
+    return str(folder)

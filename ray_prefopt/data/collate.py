@@ -56,7 +56,7 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_id: int, weight: float = 1.0)
     attention_mask_RT = torch.zeros((len(rows), width), dtype=torch.long)
     predicts_RT = torch.zeros((len(rows), width), dtype=torch.bool)
     for row, (ids, start) in enumerate(rows):
-        input_ids_RT[row, : len(ids)] = torch.as_tensor(ids)
+        input_ids_RT[row, : len(ids)] = torch.tensor(ids)
         attention_mask_RT[row, : len(ids)] = 1
         predicts_RT[row, max(start, 1) - 1 : len(ids) - 1] = True  # nothing predicts a very first token
     targets_S = input_ids_RT[:, 1:][predicts_RT[:, :-1]]

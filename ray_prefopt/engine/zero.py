@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,15 @@ torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScal
 # Only inference uses the shared-memory reduction; leaving it on compiles it with g++ in every process.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that torch is about to drop, and torch says so at every call.
+warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the memory reports and bars that DeepSpeed prints whatever the log level."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:
@@ -74,7 +85,7 @@ class ZeroEngine:
     ) -> None:
         optimizer = build_optimizer(module, optim)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # what an earlier engine of this process left on
-        with redirect_stdout(io.StringIO()):  # memory reports, printed whatever the log level
+        with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
@@ -186,12 +197,26 @@ def to_universal(folder: Path, out: Path) -> None:
         )
 
 
+def _universal_weight(path: Path) -> Tensor:
+    weight = torch.load(path, map_location="cpu", weights_only=True)["param"]
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def full_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights in a checkpoint folder, whole and in fp32, on the CPU."""
-    if not any((folder / TAG).glob("*_optim_states.pt")):  # stage 0 shards nothing
+    shard = next((folder / TAG).glob("*_optim_states.pt"), None)
+    if shard is None:  # stage 0 shards nothing
         states = torch.load(
             folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True
         )
         return dict(states["module"])
-    with redirect_stdout(io.StringIO()):  # progress, printed whatever the log level
+    if "zero_stage" not in torch.load(shard, mmap=True, weights_only=True)["optimizer_state_dict"]:
+        # Stage 1 in bf16 has a form of its own, which zero_to_fp32 does not read.
+        with tempfile.TemporaryDirectory() as out:
+            to_universal(folder, Path(out))
+            return {
+                path.parent.name: _universal_weight(path) for path in Path(out, TAG, "zero").glob("*/fp32.pt")
+            }
+    with _quiet():
         return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

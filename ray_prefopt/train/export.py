@@ -37,7 +37,7 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
         config = TrainConfig.model_validate_json((folder / "config.json").read_text())
         if merge and config.model.lora is None:
             raise ConfigError(f"{source} has no adapter to merge: it was trained without model.lora")
-        model = _with_weights(config.model, _weights(config, folder), seed=config.run.seed)
+        model = _with_weights(config.model, checkpoint_weights(config, folder), seed=config.run.seed)
     if merge:
         assert isinstance(model, PeftModel)
         model = model.merge_and_unload()
@@ -70,7 +70,8 @@ def _find(source: str) -> Checkpoint:
     return found
 
 
-def _weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
+def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
+    """The trained weights in a checkpoint's folder, whole, by the names of the model."""
     if config.engine.kind == "plain":
         return load_file(folder / "model.safetensors")
     return full_weights(folder)

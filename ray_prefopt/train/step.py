@@ -12,6 +12,7 @@ from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.train import ranks
 from ray_prefopt.train.metrics import MetricSums
 
 
@@ -58,23 +59,21 @@ REMEDY = (
 
 
 def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
-    """One small reduction per step, so that all ranks stop together."""
+    """One small reduction per step, so that all ranks stop together, with the words of the first bad one."""
     is_bad = ~torch.isfinite(losses)
     any_bad = is_bad.any().float()
     if dist.is_initialized():
         dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
     if not any_bad.item():
         return
-    if not is_bad.any():
-        raise NonFiniteError(
-            f"step {inputs.step + 1}: another rank has a loss that is not finite; nothing was updated"
+    own = None
+    if is_bad.any():
+        micro = int(is_bad.nonzero()[0])
+        own = (
+            f"step {inputs.step + 1}, rank {ranks.rank()}: the loss of micro-batch {micro} is {losses[micro].item()}, "
+            f"pair ids {inputs.micro_ids[micro].tolist()}; nothing was updated. {REMEDY}"
         )
-    micro = int(is_bad.nonzero()[0])
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    raise NonFiniteError(
-        f"step {inputs.step + 1}, rank {rank}: the loss of micro-batch {micro} is {losses[micro].item()}, "
-        f"pair ids {inputs.micro_ids[micro].tolist()}; nothing was updated. {REMEDY}"
-    )
+    raise NonFiniteError(next(message for message in ranks.all_gather(own) if message is not None))
 
 
 @torch.no_grad()

@@ -183,21 +183,6 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     assert_unmoved(engine, start)
 
 
-def test_a_rank_hears_of_a_loss_on_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = SimpleNamespace(
-        is_initialized=lambda: True,
-        all_reduce=lambda value, op: value.fill_(op),
-        ReduceOp=SimpleNamespace(MAX=1),
-    )
-    monkeypatch.setattr(step_module, "dist", group)
-    engine = engine_of()
-    start = weights_of(engine)
-    with pytest.raises(NonFiniteError) as caught:
-        train_step(engine, inputs_of(pairs_of(2), 1, step=3), OBJECTIVE, MetricSums())
-    assert str(caught.value) == ("step 4: another rank has a loss that is not finite; nothing was updated")
-    assert_unmoved(engine, start)
-
-
 def test_a_rank_of_several_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     group = SimpleNamespace(
         is_initialized=lambda: True,

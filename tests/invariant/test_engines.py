@@ -1,0 +1,119 @@
+"""Engines, ranks, micro-batches, offload and recomputation change how a step is computed, never what it computes."""
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.invariant.training import Curve, Inputs, curves
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "micro-batch 1": {"run": {"micro_batch": 1}},
+    "micro-batch 8": {"run": {"micro_batch": 8}},
+    "zero 0": {"engine": "zero0"},
+    "zero 1": {"engine": "zero1"},
+    "zero 2": {"engine": "zero2"},
+    "zero 3": {"engine": "zero3"},
+    "zero 2, micro-batch 8": {"engine": "zero2", "run": {"micro_batch": 8}},
+    "zero 2, recomputed": {"engine": "zero2", "model": {"gradient_checkpointing": True}},
+    "zero 3, recomputed": {"engine": "zero3", "model": {"gradient_checkpointing": True}},
+}
+OFFLOADED = {
+    "zero 2, offloaded": ("zero2", {"offload_optimizer": "cpu"}),
+    "zero 3, offloaded": ("zero3", {"offload_optimizer": "cpu", "offload_param": "cpu"}),
+}
+LORA = {"plain": {}, "zero 2": {"engine": "zero2"}, "zero 3": {"engine": "zero3"}}
+HALF = {
+    "plain": {},
+    **{f"zero {stage}": {"engine": f"zero{stage}"} for stage in range(4)},
+}
+FEW = ("plain", "zero 1", "zero 2", "zero 3")
+
+
+def _configs(inputs: Inputs, world_size: int) -> dict[str, Any]:
+    cases = CASES if world_size < 3 else {name: CASES[name] for name in FEW}
+    configs = {name: inputs.config(**case) for name, case in cases.items()}
+    if world_size == 2:
+        for name, (engine, offload) in OFFLOADED.items():
+            config = inputs.config(engine)
+            configs[name] = config.model_copy(update={"engine": config.engine.model_copy(update=offload)})
+        configs |= {f"lora, {name}": inputs.config(**case, lora=True) for name, case in LORA.items()}
+        configs |= {f"bf16, {name}": inputs.config(**case, dtype="bfloat16") for name, case in HALF.items()}
+    return configs
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="{} ranks".format)
+def by_name(
+    request: pytest.FixtureRequest, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Curve]:
+    folder = tmp_path_factory.mktemp("runs")
+    configs = _configs(inputs, request.param)
+    return curves(
+        {name: inputs.job(config, folder / name) for name, config in configs.items()}, request.param
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """One rank, plain engine, all pairs of a step in one micro-batch."""
+    config = inputs.config(run={"micro_batch": 16})
+    return curves({"reference": inputs.job(config, tmp_path_factory.mktemp("runs") / "reference")}, 1)[
+        "reference"
+    ]
+
+
+def assert_equal(curve: Curve, other: Curve, *, loss: float = 1e-6, weights: float = 1e-5) -> None:
+    """Same steps: losses and gradient norms relative to `loss`, every other metric and the weights to `weights`."""
+    for step, expected in zip(curve.steps, other.steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert step[name] == pytest.approx(expected[name], rel=loss), name
+        compare(step, expected, rel=weights)
+    compare(curve.evaluation, other.evaluation, rel=weights)
+    assert curve.order_hash == other.order_hash
+    assert curve.weights.keys() == other.weights.keys()
+    for name, weight in curve.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=weights, atol=weights)
+
+
+def compare(record: dict[str, float], expected: dict[str, float], *, rel: float) -> None:
+    timed = {"pairs_per_second", "tokens_per_second", "data_wait"}
+    assert {name: value for name, value in record.items() if name not in timed} == {
+        name: pytest.approx(value, rel=rel, abs=rel) for name, value in expected.items() if name not in timed
+    }
+
+
+def test_whole_precision(by_name: dict[str, Curve], reference: Curve) -> None:
+    for name, curve in by_name.items():
+        if not name.startswith(("lora", "bf16")):
+            assert_equal(curve, reference)
+
+
+def test_training_moves_the_weights(reference: Curve, inputs: Inputs) -> None:
+    before = load_file(f"{inputs.model}/model.safetensors")
+    moved = [(reference.weights[name] - weight).abs().max() for name, weight in before.items()]
+    assert min(moved) > 1e-3
+
+
+def test_adapters(by_name: dict[str, Curve]) -> None:
+    if "lora, plain" not in by_name:
+        pytest.skip("two ranks are enough for adapters")
+    plain = by_name["lora, plain"]
+    assert all("lora_" in name for name in by_name["lora, zero 2"].weights)
+    for stage in (2, 3):
+        curve = by_name[f"lora, zero {stage}"]
+        for step, expected in zip(curve.steps, plain.steps, strict=True):
+            compare(step, expected, rel=1e-5)
+        for name, weight in curve.weights.items():
+            torch.testing.assert_close(weight, plain.weights[name], rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision(by_name: dict[str, Curve], reference: Curve) -> None:
+    """bf16 rounds to 3 digits; stage 0 and plain round at the same places, stages 1 to 3 at others."""
+    if "bf16, plain" not in by_name:
+        pytest.skip("two ranks are enough for bf16")
+    for name in HALF:
+        for step, expected in zip(by_name[f"bf16, {name}"].steps, reference.steps, strict=True):
+            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
