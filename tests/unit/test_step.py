@@ -1,6 +1,5 @@
 """One step and one evaluation with the plain engine: what adds up, and what stops a run before anything moves."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
 from ray_prefopt.model.forward import pair_logps
-from ray_prefopt.train import step as step_module
 from ray_prefopt.train.metrics import MetricSums
 from ray_prefopt.train.step import REMEDY, StepInput, evaluate, train_step
 from tests.tiny import tiny_model
@@ -181,21 +179,6 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
         "step 3: the gradient norm is nan, though every loss is finite; nothing was updated. " + REMEDY
     )
     assert_unmoved(engine, start)
-
-
-def test_a_rank_of_several_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = SimpleNamespace(
-        is_initialized=lambda: True,
-        all_reduce=lambda value, op: value.fill_(op),
-        ReduceOp=SimpleNamespace(MAX=1),
-        get_rank=lambda: 3,
-    )
-    monkeypatch.setattr(step_module, "dist", group)
-    pair = TokenizedPair([1, 511, 2], [1, 511, 3], 2, 2)
-    with pytest.raises(
-        NonFiniteError, match=r"^step 1, rank 3: the loss of micro-batch 0 is nan, pair ids \[100\];"
-    ):
-        train_step(engine_of(poisoned(511, float("nan"))), inputs_of([pair], 1), OBJECTIVE, MetricSums())
 
 
 # --- evaluation ---
