@@ -7,7 +7,7 @@ Its values are text, or conversations (lists of messages), which go through the 
 import inspect
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -142,7 +142,7 @@ def _pair(
             "Jinja text or file, or use a tokenizer that has one"
         )
     prompt, chosen, rejected = _conversations(row, names)
-    inputs = _template_inputs(row, reserved=render.reserved)
+    inputs = _template_inputs(row, render)
     return _rendered(partial(render, **inputs), prompt, chosen, rejected, assistant_header)
 
 
@@ -257,7 +257,7 @@ def _message(value: Any, name: str) -> Message:
     return message
 
 
-def _template_inputs(row: Mapping[str, Any], *, reserved: Set[str]) -> dict[str, Any]:
+def _template_inputs(row: Mapping[str, Any], render: ChatTemplate) -> dict[str, Any]:
     """What a row hands to the chat template besides its messages."""
     tools = _json(row, "tools") or None
     if tools is not None and not (_is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)):
@@ -268,7 +268,7 @@ def _template_inputs(row: Mapping[str, Any], *, reserved: Set[str]) -> dict[str,
             "bad_template_input", f"'chat_template_kwargs' is a mapping; got {reprlib.repr(variables)}"
         )
     variables = {name: value for name, value in variables.items() if value is not None}
-    if taken := sorted(variables.keys() & reserved):
+    if variables and (taken := sorted(variables.keys() & render.reserved)):
         raise _RowError("bad_template_input", f"'chat_template_kwargs' cannot set {', '.join(taken)}")
     return {"tools": tools, "variables": variables}
 
