@@ -69,7 +69,7 @@ def why_not_loaded(path: str, error: Exception) -> str:
         return "no such folder, and not a hub id (org/name)"
     if "trust_remote_code" in str(error):
         return "it comes with its own code; read that code, then set model.trust_remote_code: true"
-    if "gated" in str(error).lower() or "401" in str(error):
+    if not Path(path).is_dir() and ("gated" in str(error).lower() or "401" in str(error)):
         return "it is gated or private: ask for access on its hub page, then set HF_TOKEN"
     return first_line(error)
 
@@ -96,26 +96,15 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Modu
     """The model with weights in `dtype`, adapters attached, ready to be given to an engine.
 
     Under `engine.zero.sharded_construction` each rank gets its shards alone. `seed` is that of random weights and
-    adapters, so that all ranks and all engines start from the same.
+    adapters, so that all ranks and all engines start from the same. Raises ModelError when it cannot be built whole.
     """
     architecture = load_architecture(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     torch.manual_seed(seed)
     if config.from_config is not None:
-        model = AutoModelForCausalLM.from_config(architecture, **options)
+        model = _random(architecture, options)
     else:
-        path = str(config.path)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=architecture,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                **options,
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
+        model = _pretrained(config, architecture, options)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
@@ -123,6 +112,36 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Modu
             model.enable_input_require_grads()
         model = attach_lora(model, config.lora, seed=seed)
     return model.train()
+
+
+def _random(architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
+    try:
+        return AutoModelForCausalLM.from_config(architecture, **options)
+    except Exception as error:
+        raise ModelError(f"model.from_config ({architecture.model_type}): {first_line(error)}") from error
+
+
+def _pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
+    path = str(config.path)
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=architecture,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # whatever transformers and safetensors raise, and the repository's code
+        raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
+    model, report = found
+    if missing := sorted(report["missing_keys"]):  # transformers only warns, and leaves them random
+        raise ModelError(
+            f"model {path}: its files hold no weights for {', '.join(missing[:3])} ({len(missing)} in all); "
+            "they are incomplete, or of a model without a language modelling head"
+        )
+    return model
 
 
 def attach_lora(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:

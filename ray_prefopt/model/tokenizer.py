@@ -34,6 +34,11 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
             f"{path} has a slow tokenizer ({type(tokenizer).__name__}): "
             "set model.tokenizer to one that has a tokenizer.json"
         )
+    if not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys():
+        # transformers builds the class that belongs to the model, without a vocabulary
+        raise ModelError(
+            f"{path} has no tokenizer: set model.tokenizer to a folder or hub id with a tokenizer.json"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {path} has neither pad nor EOS token: add one to its files")
@@ -45,11 +50,13 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
 
 def _find(path: str, revision: str | None) -> None:
     """Ask the Hub once whether it has the model: loading would ask for a minute when it cannot be reached."""
-    if Path(path).exists() or constants.HF_HUB_OFFLINE:
+    if Path(path).exists():
         return
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FileNotFoundError("no such folder")
-    if not isinstance(try_to_load_from_cache(path, "tokenizer_config.json", revision=revision), str):
+    if not constants.HF_HUB_OFFLINE and not isinstance(
+        try_to_load_from_cache(path, "tokenizer_config.json", revision=revision), str
+    ):
         HfApi().model_info(path, revision=revision, timeout=10)
 
 
