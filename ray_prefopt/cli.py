@@ -37,9 +37,9 @@ def _train(args: argparse.Namespace) -> Any:
     _note(_outline(config))
     if args.dry_run:
         return _plan(config)
-    from ray_prefopt.train.run import train, with_name
+    from ray_prefopt.train.run import resolved, train
 
-    named = with_name(config)
+    named = resolved(config)
     try:
         return train(named)
     except KeyboardInterrupt:

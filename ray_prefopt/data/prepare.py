@@ -118,6 +118,16 @@ def prepare(
     return blocks
 
 
+def find_blocks(
+    data: DataConfig, model: ModelConfig, sources: Sequence[Source], storage: str
+) -> Blocks | None:
+    """The blocks that `prepare` would find; None when it would have to make them. Raises as `prepare` does."""
+    tokenizer = load_tokenizer(model, data.chat_template)
+    recipe = _recipe(data, sources, lanes(sources, data.columns), tokenizer, CHUNK_ROWS)
+    folder = _blocks_folder(storage, _fingerprint(recipe))
+    return open_blocks(folder) if has_blocks(folder) else None
+
+
 # --- what the blocks depend on ---
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -154,6 +154,14 @@ def attach_lora(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
         )
     except ValueError as error:
         raise ModelError(f"model.lora: {first_line(error)}") from error
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its low-rank adapters merged into the weights they adapt."""
+    assert isinstance(model, PeftModel)
+    whole = model.merge_and_unload()
+    assert isinstance(whole, nn.Module)
+    return whole
 
 
 def first_line(error: Exception) -> str:

@@ -255,6 +255,13 @@ def latest_checkpoint(
     return None
 
 
+def checkpoint_at(folder: str, step: int) -> str | None:
+    """Path of the newest committed checkpoint of this step, if there is one."""
+    fs, root = url_to_fs(folder)
+    paths = [path for found, path in _folders(fs, root) if found == step]
+    return f"{folder.rstrip('/')}/{paths[-1].rsplit('/', 1)[-1]}" if paths else None
+
+
 @contextmanager
 def local_copy(checkpoint: Checkpoint, *, is_first: bool = True) -> Iterator[Path]:
     """A local folder with the checkpoint's files: its own where the storage is local, else a copy per node.
@@ -277,7 +284,7 @@ def local_copy(checkpoint: Checkpoint, *, is_first: bool = True) -> Iterator[Pat
 
 @contextmanager
 def made_once(make: Callable[[Path], None], *, is_first: bool = True) -> Iterator[Path]:
-    """A temporary folder per node that `make` fills, for all ranks to read. Raises on all ranks what it raised on one."""
+    """A temporary folder per node that `make` fills, for all ranks to read; all of them raise what it raised on one."""
     folder = Path(tempfile.gettempdir(), ranks.broadcast(f"prefopt-{secrets.token_hex(8)}"))
     try:
         outcome = _attempt(lambda: _filled(folder, make)) if is_first else None

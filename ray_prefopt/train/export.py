@@ -6,14 +6,13 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ray_prefopt.config import ModelConfig, TrainConfig
 from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
-from ray_prefopt.model.load import compute_dtype, load_architecture, load_model
+from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, local_copy, open_checkpoint
 
@@ -26,12 +25,8 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
     """
     checkpoint = _find(source)
     fs, target = url_to_fs(out)
-    if (
-        fs.exists(target)
-        and fs.ls(target)
-        and not fs.exists(f"{target}/config.json")
-        and not _is_adapter(fs, target)
-    ):
+    holds_model = any(fs.exists(f"{target}/{name}") for name in ("config.json", "adapter_config.json"))
+    if fs.exists(target) and fs.ls(target) and not holds_model:
         raise ConfigError(f"{out} is not empty and holds no model: export into another folder")
     with local_copy(checkpoint) as folder:
         config = TrainConfig.model_validate_json((folder / "config.json").read_text())
@@ -39,8 +34,7 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
             raise ConfigError(f"{source} has no adapter to merge: it was trained without model.lora")
         model = _with_weights(config.model, checkpoint_weights(config, folder), seed=config.run.seed)
     if merge:
-        assert isinstance(model, PeftModel)
-        model = model.merge_and_unload()
+        model = merged(model)
     # Beside its place and then into it, so that nobody loads half a model.
     beside = str(Path(target).parent) if isinstance(fs, LocalFileSystem) else None
     fs.makedirs(str(Path(target).parent), exist_ok=True)
@@ -54,10 +48,6 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
         else:
             fs.put(str(staged), target, recursive=True)
     return out
-
-
-def _is_adapter(fs: object, target: str) -> bool:
-    return bool(fs.exists(f"{target}/adapter_config.json"))  # type: ignore[attr-defined]
 
 
 def _find(source: str) -> Checkpoint:

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
-from ray_prefopt.errors import CheckpointError
+from ray_prefopt.errors import CheckpointError, ConfigError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
 from ray_prefopt.train import ranks
 from ray_prefopt.train.checkpoint import (
@@ -33,7 +33,7 @@ from ray_prefopt.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from ray_prefopt.train.metrics import MetricSums
+from ray_prefopt.train.metrics import METRICS, MetricSums
 from ray_prefopt.train.step import StepInput, evaluate, train_step
 
 Record = dict[str, float]
@@ -90,7 +90,9 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
         record = _evaluate_all(engine, evaluations, objective)
         reports.log({"step": state.step, "epoch": plan.epoch_at(state.step), **record})
         metric = best_metric(run, evaluations)
-        return better(state, record[metric]) if metric in record else state
+        if metric is None:
+            return state
+        return better(state, -record[metric] if metric.endswith("loss") else record[metric])
 
     def save_now(state: LoopState) -> None:
         try:
@@ -206,12 +208,21 @@ def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Object
     return record
 
 
-def best_metric(run: RunConfig, sets: Mapping[str, object]) -> str | None:
-    """The metric that says which checkpoint is best: run.best_metric, or reward accuracy of the first set."""
-    if run.best_metric or not sets:
-        return run.best_metric
-    first = next(iter(sets))
-    return f"eval_{first}_rewards/accuracies" if first else "eval_rewards/accuracies"
+def best_metric(run: RunConfig, sets: Iterable[str]) -> str | None:
+    """The metric that says which checkpoint is best: run.best_metric, or reward accuracy of the first set.
+
+    Raises ConfigError when no evaluation set, of which these are the names, has it.
+    """
+    prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
+    if run.best_metric is None:
+        return f"{prefixes[0]}rewards/accuracies" if prefixes else None
+    known = [prefix + metric for prefix in prefixes for metric in METRICS]
+    if run.best_metric not in known:
+        advice = suggest(run.best_metric, known) or (
+            f" There are {', '.join(known)}" if known else " There is no evaluation set: set data.eval"
+        )
+        raise ConfigError(f"run.best_metric {run.best_metric!r} is not a metric of this run.{advice}")
+    return run.best_metric
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -309,6 +320,6 @@ def _check_order(plan: Plan, state: LoopState) -> None:
         digest = extend_hash(digest, plan.step_ids(step))
     if digest != state.order_hash:
         raise CheckpointError(
-            f"the checkpoint of step {state.step} was trained on other pairs, or in another order, than this config and "
-            "data give; use the data, seed and global batch it began with, or start anew with run.force_new"
+            f"the checkpoint of step {state.step} was trained on other pairs, or in another order, than this config "
+            "and data give; use the data, seed and global batch it began with, or start anew with run.force_new"
         )

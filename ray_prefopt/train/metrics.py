@@ -4,6 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+METRICS = (
+    "loss", "nll_loss", "aux_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected", "logps_mean/chosen", "logps_mean/rejected", "logps_mean/accuracies",
+    "logits/chosen", "logits/rejected", "completions/chosen_length", "completions/rejected_length",
+)  # fmt: skip
+"""Everything that `losses.objective` measures (`aux_loss`: of models with a router)."""
 TOKEN_MEAN = "nll_loss"
 """The one metric that is a mean over chosen tokens; all others are means over pairs."""
 

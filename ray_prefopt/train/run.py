@@ -1,37 +1,34 @@
-"""A run, seen from the driver: check what can be checked, prepare the pairs, ask for workers, bring the result home."""
+"""What each command does, seen from the driver: check what can be checked, prepare the pairs, run the workers."""
 
 import json
 import logging
+import math
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 import torch
 from fsspec.core import url_to_fs
-from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ray_prefopt.config import TrainConfig
-from ray_prefopt.data.blocks import Blocks
-from ray_prefopt.data.prepare import prepare
+from ray_prefopt.config import ModelConfig, Source, TrainConfig
+from ray_prefopt.data.blocks import Blocks, open_blocks
+from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import check_optim
-from ray_prefopt.errors import ConfigError, PrefoptError, ResourceError, TrainingError
-from ray_prefopt.model.load import check_tokenizer, load_architecture
+from ray_prefopt.errors import ConfigError
+from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.train.checkpoint import LoopState, latest_checkpoint, write_text
+from ray_prefopt.train.checkpoint import LoopState, checkpoint_at, latest_checkpoint, write_text
 from ray_prefopt.train.display import Display
 from ray_prefopt.train.export import export
 from ray_prefopt.train.log import RunLog
-from ray_prefopt.train.loop import Job, Record, Reports, evaluate_worker, make_plan, train_worker
+from ray_prefopt.train.loop import Job, Record, best_metric, make_plan
+from ray_prefopt.train.workers import run_evaluation, run_training, start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -76,35 +73,33 @@ def train(config: TrainConfig) -> TrainResult:
     PrefoptError: ConfigError, DataError, ModelError, ResourceError and CheckpointError before any worker starts,
     NonFiniteError and TrainingError later.
     """
-    config = with_name(config)
-    architecture = _check_model(config)
-    start_ray(config)
+    config = resolved(config)
+    _check(config)
     folder = _claim_folder(config)
-    train_blocks = prepare(config.data, config.model, config.data.train_sources, storage_path(config))
-    plan = make_plan(config, train_blocks)
-    eval_blocks = _prepare_eval(config)
-    del architecture
-    log = RunLog.remote(folder)
-    job = Job(
-        config,
-        folder,
-        load_tokenizer(config.model).pad_token_id,
-        train_blocks.folder,
-        {name: blocks.folder for name, blocks in eval_blocks.items()},
-    )
-    state = _state_on_disk(job)
-    if state.step < plan.total_steps:
-        _wait_for_resources(config)
-        with Display(log, plan.total_steps):
-            _fit(_train_on_ray, {"job": job, "log": log}, config, log, f"{folder}/ray")
+    finished = _finished(folder, export=config.run.export)
+    if finished is not None:
+        logger.warning(
+            "run %s is finished: this is its result; run.force_new or another name trains anew", finished.name
+        )
+        return finished
+    start_ray()
+    train_blocks = _prepare(config, config.data.train_sources)
+    total_steps = make_plan(config, train_blocks).total_steps
+    job = _job(config, folder, train_blocks=train_blocks)
+    log = RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
+    if _state_on_disk(job).step < total_steps:
+        with Display(log, total_steps):
+            run_training(job, log)
     return _finish(job, ray.get(log.records.remote()))
 
 
 def prepare_data(config: TrainConfig) -> list[dict[str, Any]]:
     """Tokenize the training and evaluation pairs; returns the manifests of their blocks."""
-    start_ray(config)
-    blocks = [prepare(config.data, config.model, config.data.train_sources, storage_path(config))]
-    return [{"folder": each.folder, **each.manifest} for each in [*blocks, *_prepare_eval(config).values()]]
+    config = resolved(config)
+    start_ray()
+    sets = [config.data.train_sources, *config.data.eval_sets.values()]
+    prepared = [_prepare(config, sources) for sources in sets if sources]
+    return [{"folder": blocks.folder, **blocks.manifest} for blocks in prepared]
 
 
 def evaluate(config: TrainConfig) -> EvalResult:
@@ -113,180 +108,124 @@ def evaluate(config: TrainConfig) -> EvalResult:
     The model is model.path, or the checkpoint that run.resume_from names.
     """
     if not config.data.eval_sets:
-        raise ConfigError("evaluate needs pairs: set data.eval")
-    _check_model(config)
-    start_ray(config)
-    blocks = _prepare_eval(config)
-    folder = f"{storage_path(config)}/evaluations/{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-    job = Job(
-        config, folder, load_tokenizer(config.model).pad_token_id, None,
-        {name: each.folder for name, each in blocks.items()},
-    )  # fmt: skip
-    log = RunLog.remote(folder)
-    _wait_for_resources(config)
-    _fit(_evaluate_on_ray, {"job": job, "log": log}, config, log, f"{folder}/ray")
+        raise ConfigError("nothing to evaluate on: got no data.eval; set it to held-out pairs")
+    config = resolved(config)
+    _check(config)
+    start_ray()
+    folder = f"{config.run.storage_path}/evaluations/{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+    job = _job(config, folder, train_blocks=None)
+    log = RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
+    run_evaluation(job, log)
     metrics = ray.get(log.records.remote())[-1]
-    model = config.run.resume_from or str(config.model.path)
     del metrics["step"]
-    return EvalResult(model, {name: each.num_pairs for name, each in blocks.items()}, metrics)
+    pairs = {name: open_blocks(path).num_pairs for name, path in job.eval_blocks.items()}
+    return EvalResult(config.run.resume_from or str(config.model.path), pairs, metrics)
 
 
-# --- On the workers ---
+def describe(config: TrainConfig) -> dict[str, Any]:
+    """What a command would do with this config, without Ray and without writing anything.
 
-
-def _train_on_ray(given: dict[str, Any]) -> None:
-    log = given["log"]
-
-    def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
-        return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
-
-    reports = Reports(
-        started=on_rank_0(log.started.remote),
-        log=on_rank_0(log.log.remote),
-        saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
-        warn=on_rank_0(log.warn.remote),
-        report=ray.train.report,
-    )
-    _guarded(log, lambda: train_worker(given["job"], _device(given["job"]), reports))
-
-
-def _evaluate_on_ray(given: dict[str, Any]) -> None:
-    def work() -> None:
-        record = evaluate_worker(given["job"], _device(given["job"]))
-        if ray.train.get_context().get_world_rank() == 0:
-            ray.get(given["log"].log.remote({"step": 0, **record}))
-
-    _guarded(given["log"], work)
-
-
-def _device(job: Job) -> torch.device:
-    return ray.train.torch.get_device() if job.config.run.use_gpu else torch.device("cpu")
-
-
-def _guarded(log: Any, work: Callable[[], Any]) -> None:
-    """An error of ours would come again at every restart: note it, and let the restarted workers do nothing."""
-    if ray.get(log.fatal.remote()) is not None:
-        return
-    try:
-        work()
-    except PrefoptError as error:
-        ray.get(log.fail.remote(error))
-        raise
-
-
-# --- On the driver ---
-
-
-def _fit(
-    worker: Callable[..., None], given: dict[str, Any], config: TrainConfig, log: Any, folder: str
-) -> None:
-    """Run the workers to the end. Raises the run's own error, or TrainingError with that of the first failed rank."""
-    run = config.run
-    resources = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
-    environment = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(run.cpus_per_worker),
-        **({} if run.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+    Raises what it would raise before it asks for workers, but for rows that are not read yet.
+    """
+    is_named = config.run.name is not None
+    config = resolved(config)
+    architecture = _check(config)
+    run, data, engine = config.run, config.data, config.engine
+    plan: dict[str, Any] = {
+        "model": _describe_model(config.model, architecture),
+        "pairs": {
+            name or "eval": _describe_pairs(config, sources)
+            for name, sources in {"train": data.train_sources, **data.eval_sets}.items()
+            if sources
+        },
+        "workers": {
+            "number": run.num_workers,
+            "each": f"{run.cpus_per_worker} CPU" + (", 1 GPU" if run.use_gpu else ""),
+            "engine": f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain",
+        },
     }
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=given,
-        scaling_config=ScalingConfig(
-            num_workers=run.num_workers, use_gpu=run.use_gpu, resources_per_worker=resources
-        ),
-        # A name of its own for each attempt: Ray's snapshot of an earlier one, which a full disk can tear, is never
-        # read. What resumes a run are our checkpoints.
-        run_config=RayRunConfig(
-            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
-            storage_path=folder,
-            failure_config=FailureConfig(max_failures=run.max_failures),
-            worker_runtime_env={"env_vars": environment},
-        ),
-    )
-    failure: TrainingFailedError | None = None
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        failure = error
-    fatal = ray.get(log.fatal.remote())
-    if fatal is not None:
-        raise fatal
-    if failure is not None:
-        raise TrainingError(_first_failure(failure)) from failure
+    if data.train_sources:
+        unnamed = {"folder": f"{run.storage_path}/{config.loss.kind}-DATE-TIME"}
+        plan["run"] = _describe_run(config) | ({} if is_named else unnamed)
+    return plan
 
 
-def _first_failure(error: TrainingFailedError) -> str:
-    """The failing rank's own words, without the frames around them."""
-    failures = getattr(error, "worker_failures", {})
-    if not failures:
-        return f"the run failed: {error}"
-    rank, cause = min(failures.items())
-    text = str(cause).strip().splitlines()
-    others = f" ({len(failures) - 1} other ranks failed too)" if len(failures) > 1 else ""
-    return "\n".join([f"rank {rank} failed{others}:", *text[-12:]])
+# --- Parts of a plan ---
 
 
-def with_name(config: TrainConfig) -> TrainConfig:
-    """The config with a run name; made from the loss and the time when it has none."""
-    if config.run.name is not None:
-        return config
-    name = f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+def _describe_model(config: ModelConfig, architecture: PretrainedConfig) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    return {
+        "architecture": architecture.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": str(compute_dtype(config, architecture)).removeprefix("torch."),
+        "trained": "all weights" if config.lora is None else f"LoRA adapters of rank {config.lora.r}",
+    }
 
 
-def storage_path(config: TrainConfig) -> str:
-    """run.storage_path, absolute: workers have another working directory."""
-    path = config.run.storage_path
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str, Any]:
+    blocks = find_blocks(config.data, config.model, sources, config.run.storage_path)
+    if blocks is None:
+        return {"sources": [source.path for source in sources], "prepared": False}
+    return {
+        "sources": [source.path for source in sources],
+        "prepared": blocks.folder,
+        "pairs": blocks.num_pairs,
+        "tokens": int(blocks.total_lengths.sum()),
+    }
 
 
-def start_ray(config: TrainConfig) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start one here, unless this process is connected already."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+def _describe_run(config: TrainConfig) -> dict[str, Any]:
+    run = config.run
+    folder = f"{run.storage_path}/{run.name}"
+    blocks = find_blocks(config.data, config.model, config.data.train_sources, run.storage_path)
+    total_steps = make_plan(config, blocks).total_steps if blocks else run.max_steps
+    state = "new"
+    if not run.force_new:
+        _refuse_other_config(config, folder)
+        found = latest_checkpoint(f"{folder}/checkpoints", on_bad=run.on_bad_checkpoint, verify="sizes")
+        state = f"resumes after step {found.state.step}" if found else state
+        state = "finished" if _finished(folder, export=run.export) else state
+    return {
+        "folder": folder,
+        "state": state,
+        "steps": total_steps or "known when the pairs are prepared",
+        "pairs_per_step": run.global_batch,
+        "micro_batches_per_step": math.ceil(run.global_batch / (run.num_workers * run.micro_batch)),
+    }
 
 
-def _check_model(config: TrainConfig) -> PretrainedConfig:
-    """Everything about model and engine that a driver can find out in seconds."""
+# --- Checks ---
+
+
+def _check(config: TrainConfig) -> PretrainedConfig:
+    """Everything about model, engine and metrics that a driver can find out in seconds."""
     check_optim(config.optim)
+    best_metric(config.run, config.data.eval_sets)
+    architecture = load_architecture(config.model)
+    check_tokenizer(architecture, load_tokenizer(config.model))
     if config.engine.kind == "zero":
         build_ds_config(
             config.engine,
-            dtype="bfloat16",
+            dtype=str(compute_dtype(config.model, architecture)).removeprefix("torch."),
             max_grad_norm=config.optim.max_grad_norm,
             use_gpu=config.run.use_gpu,
         )
-    architecture = load_architecture(config.model)
-    check_tokenizer(architecture, load_tokenizer(config.model))
     return architecture
 
 
-def _prepare_eval(config: TrainConfig) -> dict[str, Blocks]:
-    storage = storage_path(config)
-    return {
-        name: prepare(config.data, config.model, sources, storage)
-        for name, sources in config.data.eval_sets.items()
-    }
-
-
-def _claim_folder(config: TrainConfig) -> str:
-    """The run's folder, with its config in it. Raises ConfigError when it is another run's."""
-    folder = f"{storage_path(config)}/{config.run.name}"
+def _refuse_other_config(config: TrainConfig, folder: str) -> None:
+    """Raises ConfigError when the folder is that of a run with another config."""
     fs, path = url_to_fs(folder)
-    if config.run.force_new and fs.exists(path):
-        fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
-    if fs.exists(f"{path}/config.json"):
-        differing = _differences(
-            json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
+    if not fs.exists(f"{path}/config.json"):
+        return
+    differing = _differences(json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json"))
+    if differing:
+        raise ConfigError(
+            f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
+            "Use its values to resume it, another run.name, or run.force_new to move it aside"
         )
-        if differing:
-            raise ConfigError(
-                f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
-                "Use its values to resume it, another run.name, or run.force_new to move it aside"
-            )
-    fs.makedirs(path, exist_ok=True)
-    write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
-    return folder
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -301,61 +240,92 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
+# --- The run's folder ---
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The config that workers can use wherever they run: paths of local folders absolute, and the run named.
+
+    A run without a name gets one of the loss and the time.
+    """
+    run, model = config.run, config.model
+    name = run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    storage = run.storage_path if "://" in run.storage_path else _absolute(run.storage_path)
+    local = {
+        field: _absolute(path)
+        for field, path in (("path", model.path), ("tokenizer", model.tokenizer))
+        if path is not None and Path(path).expanduser().is_dir()
+    }
+    return config.model_copy(
+        update={
+            "run": run.model_copy(update={"name": name, "storage_path": storage}),
+            "model": model.model_copy(update=local),
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _claim_folder(config: TrainConfig) -> str:
+    """The run's folder, with its config in it. Raises ConfigError when it is another run's."""
+    folder = f"{config.run.storage_path}/{config.run.name}"
+    fs, path = url_to_fs(folder)
+    if config.run.force_new and fs.exists(path):
+        fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
+    _refuse_other_config(config, folder)
+    fs.makedirs(path, exist_ok=True)
+    write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
+    return folder
+
+
+def _job(config: TrainConfig, folder: str, *, train_blocks: Blocks | None) -> Job:
+    return Job(
+        config,
+        folder,
+        load_tokenizer(config.model).pad_token_id,
+        train_blocks.folder if train_blocks else None,
+        {name: _prepare(config, sources).folder for name, sources in config.data.eval_sets.items()},
+    )
+
+
+def _prepare(config: TrainConfig, sources: Sequence[Source]) -> Blocks:
+    return prepare(config.data, config.model, sources, config.run.storage_path)
+
+
 def _state_on_disk(job: Job) -> LoopState:
     """How far the run is, by its newest checkpoint; refuses a torn one before workers are asked for."""
     checkpoint = latest_checkpoint(job.checkpoints, on_bad=job.config.run.on_bad_checkpoint, verify="sizes")
     return checkpoint.state if checkpoint else LoopState()
 
 
-def _wait_for_resources(config: TrainConfig) -> None:
-    """Wait until the cluster has room for all workers; raises ResourceError after run.resource_timeout_s."""
-    run = config.run
-    asked = {
-        "CPU": run.num_workers * run.cpus_per_worker,
-        **({"GPU": run.num_workers} if run.use_gpu else {}),
-    }
-    deadline = time.monotonic() + run.resource_timeout_s
-    told = False
-    while True:
-        available, total = ray.available_resources(), ray.cluster_resources()
-        missing = {name: number for name, number in asked.items() if available.get(name, 0) < number}
-        if not missing:
-            return
-        found = ", ".join(
-            f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked
-        )
-        wanted = ", ".join(f"{number} {name}" for name, number in asked.items())
-        if time.monotonic() > deadline:
-            raise ResourceError(
-                f"{run.num_workers} workers need {wanted}; the cluster has {found} after waiting "
-                f"{run.resource_timeout_s:g} s. Lower run.num_workers or run.cpus_per_worker, add nodes, or raise "
-                "run.resource_timeout_s; `ray status` shows what holds them"
-            )
-        if not told:
-            logger.warning("waiting up to %g s for %s; %s", run.resource_timeout_s, wanted, found)
-            told = True
-        time.sleep(0.5)
+def _finished(folder: str, *, export: bool) -> TrainResult | None:
+    """The result of a finished run whose checkpoint, and model when it is asked for, are still there."""
+    fs, path = url_to_fs(folder)
+    if not fs.exists(f"{path}/result.json"):
+        return None
+    result = TrainResult(**json.loads(fs.cat_file(f"{path}/result.json")))
+    wanted = [result.checkpoint, *([f"{folder}/model"] if export else [])]
+    return result if all(fs.exists(url_to_fs(item)[1]) for item in wanted) else None
 
 
-def _finish(job: Job, records: list[Record]) -> TrainResult:
+def _finish(job: Job, records: Sequence[Record]) -> TrainResult:
     """Export the last checkpoint and write result.json."""
     run = job.config.run
     checkpoint = latest_checkpoint(job.checkpoints, on_bad=run.on_bad_checkpoint, verify="sizes")
-    assert checkpoint is not None and run.name is not None
-    state = checkpoint.state
-    fs, root = url_to_fs(job.checkpoints)
-    best = f"step-{state.best_step:08d}-" if state.best_step is not None else ""
-    best_paths = [
-        path for path in fs.ls(root, detail=False) if best and path.rsplit("/", 1)[-1].startswith(best)
-    ]
-    best_checkpoint = (
-        f"{job.checkpoints}/{best_paths[0].rsplit('/', 1)[-1]}" if best_paths else checkpoint.path
+    assert checkpoint is not None
+    best_step = checkpoint.state.best_step
+    best = checkpoint_at(job.checkpoints, best_step) if best_step is not None else None
+    result = TrainResult(
+        name=str(run.name),
+        folder=job.folder,
+        steps=checkpoint.state.step,
+        metrics={name: value for record in records for name, value in record.items()},
+        checkpoint=checkpoint.path,
+        best_checkpoint=best or checkpoint.path,
+        model=export(checkpoint.path, f"{job.folder}/model") if run.export else None,
     )
-    model = f"{job.folder}/model" if run.export else None
-    if model is not None:
-        export(checkpoint.path, model)
-    metrics = {name: value for record in records for name, value in record.items()}
-    result = TrainResult(run.name, job.folder, state.step, metrics, checkpoint.path, best_checkpoint, model)
     fs, path = url_to_fs(job.folder)
     write_text(fs, f"{path}/result.json", json.dumps(asdict(result), indent=1))
     return result

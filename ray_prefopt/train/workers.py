@@ -1,0 +1,167 @@
+"""Ray Train around the loop: wait for the cluster, start the workers, and hear from the driver's side how it went."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
+from ray_prefopt.train.loop import Job, Reports, evaluate_worker, train_worker
+
+logger = logging.getLogger(__name__)
+
+
+def start_ray() -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start one here, unless this process is connected already."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+
+
+def run_training(job: Job, log: Any) -> None:
+    """`loop.train_worker` on all workers, to the end. `log` is the run's RunLog.
+
+    Raises ResourceError when the cluster has no room for them, the run's own error when it had one, and
+    TrainingError with the words of the first rank that failed otherwise.
+    """
+    _fit(_train, job, log)
+
+
+def run_evaluation(job: Job, log: Any) -> None:
+    """`loop.evaluate_worker` on all workers; its metrics are the log's last record. Raises as `run_training`."""
+    _fit(_evaluate, job, log)
+
+
+# --- On the workers ---
+
+
+def _train(given: dict[str, Any]) -> None:
+    log = given["log"]
+
+    def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
+        return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
+
+    reports = Reports(
+        started=on_rank_0(log.started.remote),
+        log=on_rank_0(log.log.remote),
+        saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
+        warn=on_rank_0(log.warn.remote),
+        report=ray.train.report,
+    )
+    _guarded(log, lambda: train_worker(given["job"], _device(given["job"]), reports))
+
+
+def _evaluate(given: dict[str, Any]) -> None:
+    def work() -> None:
+        record = evaluate_worker(given["job"], _device(given["job"]))
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(given["log"].log.remote({"step": 0, **record}))
+
+    _guarded(given["log"], work)
+
+
+def _device(job: Job) -> torch.device:
+    return ray.train.torch.get_device() if job.config.run.use_gpu else torch.device("cpu")
+
+
+def _guarded(log: Any, work: Callable[[], Any]) -> None:
+    """An error of ours would come again at every restart: note it, and let the restarted workers do nothing."""
+    if ray.get(log.fatal.remote()) is not None:
+        return
+    try:
+        work()
+    except PrefoptError as error:
+        ray.get(log.fail.remote(error))
+        raise
+
+
+# --- On the driver ---
+
+
+def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
+    run = job.config.run
+    _wait_for_room(job.config)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"job": job, "log": log},
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.use_gpu,
+            resources_per_worker={"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})},
+        ),
+        # A name of its own for each attempt: Ray's snapshot of an earlier one, which a full disk can tear, is never
+        # read. What resumes a run are our checkpoints.
+        run_config=RunConfig(
+            name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
+            storage_path=f"{job.folder}/ray",
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            worker_runtime_env={"env_vars": _environment(job.config)},  # type: ignore[call-arg]  # Train v2 has it
+        ),
+    )
+    failure: TrainingFailedError | None = None
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failure = error
+    fatal = ray.get(log.fatal.remote())
+    if fatal is not None:
+        raise fatal
+    if failure is not None:
+        raise TrainingError(_first_failure(failure)) from failure
+
+
+def _environment(config: TrainConfig) -> dict[str, str]:
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(config.run.cpus_per_worker),
+        **({} if config.run.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+    }
+
+
+def _first_failure(error: TrainingFailedError) -> str:
+    """The failing rank's own words, without the frames around them."""
+    failures = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"the run failed: {error}"
+    rank, cause = min(failures.items())
+    text = str(cause).strip().splitlines()
+    others = f" ({len(failures) - 1} other ranks failed too)" if len(failures) > 1 else ""
+    return "\n".join([f"rank {rank} failed{others}:", *text[-12:]])
+
+
+def _wait_for_room(config: TrainConfig) -> None:
+    """Wait until the cluster has room for all workers; raises ResourceError after run.resource_timeout_s."""
+    run = config.run
+    asked = {
+        "CPU": run.num_workers * run.cpus_per_worker,
+        **({"GPU": run.num_workers} if run.use_gpu else {}),
+    }
+    wanted = ", ".join(f"{number} {name}" for name, number in asked.items())
+    deadline = time.monotonic() + run.resource_timeout_s
+    is_told = False
+    while True:
+        available, total = ray.available_resources(), ray.cluster_resources()
+        if all(available.get(name, 0) >= number for name, number in asked.items()):
+            return
+        found = ", ".join(
+            f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked
+        )
+        if time.monotonic() > deadline:
+            raise ResourceError(
+                f"{run.num_workers} workers need {wanted}; the cluster has {found} after waiting "
+                f"{run.resource_timeout_s:g} s. Lower run.num_workers or run.cpus_per_worker, add nodes, or raise "
+                "run.resource_timeout_s; `ray status` shows what holds them"
+            )
+        if not is_told:
+            logger.warning("waiting up to %g s for %s; %s", run.resource_timeout_s, wanted, found)
+            is_told = True
+        time.sleep(0.5)
