@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from ray_prefopt.config import LoraConfig, ModelConfig
 from ray_prefopt.errors import ModelError, suggest
@@ -162,6 +163,17 @@ def merged(model: nn.Module) -> nn.Module:
     whole = model.merge_and_unload()
     assert isinstance(whole, nn.Module)
     return whole
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write the model, or its adapters alone, as a Hugging Face folder."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

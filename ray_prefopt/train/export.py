@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ray_prefopt.config import ModelConfig, TrainConfig
 from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
-from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged
+from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, local_copy, open_checkpoint
 
@@ -40,7 +40,7 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
     fs.makedirs(str(Path(target).parent), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as temporary:
         staged = Path(temporary, "model")
-        model.save_pretrained(staged)
+        save_model(model, staged)
         load_tokenizer(config.model, config.data.chat_template).save_pretrained(staged)
         if isinstance(fs, LocalFileSystem):
             shutil.rmtree(target, ignore_errors=True)

@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -128,11 +128,12 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
             if due.log(state.step):
                 record |= metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
                 reports.log(record | meter.read(inputs.wait_s))
-            if due.evaluate(state.step) and evaluations:
-                state = evaluate_now(state)
-            if due.save(state.step):
-                save_now(state)
-                reports.report(record)
+            with meter.paused():
+                if due.evaluate(state.step) and evaluations:
+                    state = evaluate_now(state)
+                if due.save(state.step):
+                    save_now(state)
+                    reports.report(record)
     return state
 
 
@@ -251,7 +252,7 @@ class Due:
 
 
 class Meter:
-    """Rates since the last reading; pairs and tokens are those of all ranks, padding not counted."""
+    """Rates of training since the last reading; pairs and tokens are those of all ranks, padding not counted."""
 
     def __init__(self) -> None:
         self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
@@ -259,6 +260,13 @@ class Meter:
     def add(self, pairs: int, tokens: int) -> None:
         self._pairs += pairs
         self._tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training: evaluating, saving."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def read(self, wait_s: float) -> Record:
         """`data_wait` is the share of the time that this rank waited for pairs."""
