@@ -110,5 +110,9 @@ def train_summary(record: dict[str, Any]) -> str:
 
 def eval_summary(record: dict[str, Any]) -> str:
     """Loss, accuracy and margin of each evaluation set."""
-    shown = ("loss", "rewards/accuracies", "rewards/margins")
-    return "  ".join(f"{name} {value:.4f}" for name, value in record.items() if name.endswith(shown))
+    shown, parts = ("loss", "rewards/accuracies", "rewards/margins"), ("nll_loss", "aux_loss")
+    return "  ".join(
+        f"{name} {value:.4f}"
+        for name, value in record.items()
+        if name.endswith(shown) and not name.endswith(parts)
+    )

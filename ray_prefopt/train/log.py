@@ -1,6 +1,7 @@
 """The run's own record: an actor that rank 0 talks to without waiting, and the driver reads from."""
 
 import json
+import time
 from typing import Any
 
 import ray
@@ -24,9 +25,9 @@ class RunLog:
         self._path = f"{self._folder}/metrics.jsonl"
         self._records: list[dict[str, Any]] = []
         if self._fs.exists(self._path):
-            self._records = [
-                json.loads(line) for line in self._fs.cat_file(self._path).splitlines() if line.strip()
-            ]
+            # What follows the last line break is half a line, of a process that was killed while it wrote.
+            *lines, _ = self._fs.cat_file(self._path).split(b"\n")
+            self._records = [json.loads(line) for line in lines]
         self._events: list[Event] = []
         self._board: SummaryWriter | None = None
         self._fatal: PrefoptError | None = None
@@ -35,8 +36,14 @@ class RunLog:
         """Workers begin after `state.step`: what was logged beyond it will be logged again."""
         self._records = [record for record in self._records if record["step"] <= state.step]
         self.flush()
+        if self._board is not None:
+            self._board.close()
         if isinstance(self._fs, LocalFileSystem):
-            self._board = SummaryWriter(f"{self._folder}/tensorboard", purge_step=state.step + 1)
+            self._board = SummaryWriter(
+                f"{self._folder}/tensorboard",
+                purge_step=state.step + 1,
+                filename_suffix=f".{time.time_ns()}",  # names have seconds: one begun in the same would be overwritten
+            )
         self._events.append(("started", state))
 
     def log(self, record: dict[str, Any]) -> None:
