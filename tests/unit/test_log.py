@@ -1,0 +1,148 @@
+"""The record of a run: metrics.jsonl and TensorBoard hold every step once, also when workers begin again."""
+
+import json
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from ray_prefopt.errors import DataError, NonFiniteError
+from ray_prefopt.train.checkpoint import LoopState
+from ray_prefopt.train.log import RunLog
+
+Log: Any = RunLog.__ray_metadata__.modified_class
+"""The class inside the actor."""
+
+
+def record(step: int, **values: float) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, **values}
+
+
+def lines(folder: Path | str) -> list[dict[str, Any]]:
+    fs, path = fsspec.core.url_to_fs(str(folder))
+    return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
+
+
+def run(folder: Path | str, start: int, stop: int) -> Any:
+    """A run that logs the steps after `start` up to `stop`."""
+    log = Log(str(folder))
+    log.started(LoopState(start))
+    for step in range(start + 1, stop + 1):
+        log.log(record(step))
+    return log
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard would show: by tag and step; a file that begins with a purge takes back what was beyond it."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.HasField("session_log") and event.session_log.status == 1:
+                for values in found.values():
+                    for step in [step for step in values if step >= event.step]:
+                        del values[step]
+            for value in event.summary.value:
+                found[value.tag][event.step] = value.simple_value
+    return dict(found)
+
+
+def test_each_record_is_a_line_at_once(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 3)
+    assert lines(tmp_path) == [record(1), record(2), record(3)] == log.records()
+    log.log({"step": 3, "eval_loss": 0.5})
+    assert lines(tmp_path)[3:] == [{"step": 3, "eval_loss": 0.5}]
+
+
+def test_a_resumed_run_takes_back_what_it_will_log_again(tmp_path: Path) -> None:
+    run(tmp_path, 0, 5)
+    log = run(tmp_path, 3, 6)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log.records()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_workers_that_begin_again_in_the_same_attempt_do_as_well(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 5)
+    log.started(LoopState(2))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    log.log(record(3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_process_killed_while_writing_leaves_whole_lines(tmp_path: Path) -> None:
+    run(tmp_path, 0, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    log = Log(str(tmp_path))
+    assert [line["step"] for line in log.records()] == [1, 2]
+    log.started(LoopState(2))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 4)
+    log.log({"step": 4, "eval_loss": 0.25})
+    log.saved("folder/step-4", 4)  # flushes
+    assert scalars(tmp_path) == {
+        "train/loss": pytest.approx({step: 1 / step for step in (1, 2, 3, 4)}),
+        "eval_loss": {4: 0.25},
+    }
+    resumed = Log(str(tmp_path))
+    resumed.started(LoopState(2))
+    resumed.log(record(3, extra=7.0))
+    resumed.flush()
+    assert scalars(tmp_path) == {
+        "train/loss": pytest.approx({step: 1 / step for step in (1, 2, 3)}),
+        "train/extra": {3: 7.0},
+        "eval_loss": {},
+    }
+
+
+def test_events_are_those_of_this_attempt_in_order(tmp_path: Path) -> None:
+    run(tmp_path, 0, 2)
+    log = Log(str(tmp_path))
+    assert log.events(0) == []
+    log.started(LoopState(1))
+    log.log(record(2))
+    log.saved("folder/step-2", 2)
+    log.warn("the disk is slow")
+    assert log.events(0) == [
+        ("started", LoopState(1)),
+        ("metrics", record(2)),
+        ("saved", ("folder/step-2", 2)),
+        ("warning", "the disk is slow"),
+    ]
+    assert log.events(3) == [("warning", "the disk is slow")]
+    assert log.events(4) == []
+
+
+def test_the_first_fatal_error_counts(tmp_path: Path) -> None:
+    log = Log(str(tmp_path))
+    assert log.fatal() is None
+    first = NonFiniteError("step 7, rank 0")
+    log.fail(first)
+    log.fail(DataError("a block is damaged"))
+    assert log.fatal() is first
+
+
+def test_object_stores_have_the_file_at_checkpoints() -> None:
+    folder = "memory://bucket/log/run"
+    log = run(folder, 0, 3)
+    assert lines(folder) == []
+    log.saved(f"{folder}/checkpoints/step-3", 3)
+    assert lines(folder) == [record(1), record(2), record(3)]
+    resumed = Log(folder)
+    resumed.started(LoopState(2))
+    resumed.log(record(3))
+    resumed.flush()
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3]
+    assert fsspec.filesystem("memory").ls("/bucket/log/run", detail=False) == [
+        "/bucket/log/run/metrics.jsonl"
+    ]
