@@ -32,7 +32,7 @@ class ModelError(PrefoptError):
 
 
 class ResourceError(PrefoptError):
-    """The cluster does not have what the run needs."""
+    """The cluster, or its storage, does not have what the run needs."""
 
     exit_code = 4
 

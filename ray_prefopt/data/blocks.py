@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_prefopt.data.tokenization import TokenizedPair
-from ray_prefopt.errors import DataError
+from ray_prefopt.errors import DataError, ResourceError
 
 FORMAT = 1
 """Version of this layout; part of the fingerprint, so that another layout is another folder."""
@@ -242,6 +242,18 @@ def encode(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
+def write(folder: str, name: str, data: bytes) -> None:
+    """write_file in a folder of blocks. Raises ResourceError when the storage refuses."""
+    fs, path = url_to_fs(folder)
+    try:
+        write_file(fs, f"{path}/{name}", data)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}/{name} cannot be written ({error}): free some space or allow the access, or set "
+            "run.storage_path to another place"
+        ) from error
+
+
 def write_file(fs: AbstractFileSystem, path: str, data: bytes) -> None:
     """Write a file in one piece: it is there whole, or not at all. Raises OSError."""
     if not isinstance(fs, LocalFileSystem):
@@ -272,9 +284,8 @@ def file_entry(name: str, rows: int, data: bytes) -> dict[str, Any]:
 
 def write_manifest(folder: str, manifest: Mapping[str, Any]) -> None:
     """Make the blocks exist. Everything that the manifest names must have been written."""
-    fs, path = url_to_fs(folder)
     signed = {**manifest, "sha256": _digest(manifest)}
-    write_file(fs, f"{path}/{MANIFEST}", json.dumps(signed, indent=1).encode())
+    write(folder, MANIFEST, json.dumps(signed, indent=1).encode())
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from fsspec.core import url_to_fs
-
-from ray_prefopt.data.blocks import Lengths, encode_block, file_entry, write_file
+from ray_prefopt.data.blocks import Lengths, encode_block, file_entry, write
 from ray_prefopt.data.formats import AssistantHeader, ChatTemplate, Form, PreferencePair, Skipped, to_pair
 from ray_prefopt.data.rows import Chunk, Row, copies, parse, read_chunks
 from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
-from ray_prefopt.errors import DataError
+from ray_prefopt.errors import PrefoptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,15 +71,26 @@ class Report:
 # --- what Ray Data maps over rows ---
 
 
+# An error of ours is a result as well: raised in a task, it would come with the traces of Ray, which hide it.
+
+
 def read_task(row: Mapping[str, Any], *, rows: int) -> Iterator[dict[str, Any]]:
-    """The chunks of a lane."""
-    for chunk in read_chunks(pickle.loads(row["lane"]), rows=rows):
-        yield {"chunk": pickle.dumps(chunk)}
+    """The chunks of a lane, or the error at which they end."""
+    try:
+        for chunk in read_chunks(pickle.loads(row["lane"]), rows=rows):
+            yield {"chunk": pickle.dumps(chunk)}
+    except PrefoptError as error:
+        yield {"chunk": pickle.dumps(error)}
 
 
 def tokenize_task(row: Mapping[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
-    """The report on a chunk, whose block it writes."""
-    return {"report": pickle.dumps(tokenize_chunk(pickle.loads(row["chunk"]), job))}
+    """The report on a chunk, whose block it writes; or an error, its own or that of reading."""
+    chunk = pickle.loads(row["chunk"])
+    try:
+        result = chunk if isinstance(chunk, PrefoptError) else tokenize_chunk(chunk, job)
+    except PrefoptError as error:
+        result = error
+    return {"result": pickle.dumps(result)}
 
 
 # --- one chunk ---
@@ -151,15 +160,3 @@ def _write_block(pairs: Sequence[TokenizedPair], chunk: Chunk, job: TokenizeJob)
     data = encode_block(pairs)
     write(job.folder, name, data)
     return file_entry(name, len(pairs), data)
-
-
-def write(folder: str, name: str, data: bytes) -> None:
-    """Write a file of the blocks. Raises DataError when the storage refuses."""
-    fs, path = url_to_fs(folder)
-    try:
-        write_file(fs, f"{path}/{name}", data)
-    except OSError as error:
-        raise DataError(
-            f"{folder}/{name} cannot be written ({error}): free some space or allow the access, or set "
-            "run.storage_path to another place"
-        ) from error

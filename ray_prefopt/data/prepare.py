@@ -6,13 +6,15 @@ sweep find them there. Pair ids follow the order of sources, files and rows, wha
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -22,10 +24,10 @@ import ray
 import ray.data
 import tokenizers
 import transformers
-from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from ray.data import DataContext, TaskPoolStrategy
+from ray.util.debug import log_once
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -40,9 +42,10 @@ from ray_prefopt.data.blocks import (
     file_entry,
     has_blocks,
     open_blocks,
+    write,
     write_manifest,
 )
-from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, read_task, tokenize_task, write
+from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, read_task, tokenize_task
 from ray_prefopt.data.rows import Lane
 from ray_prefopt.data.sources import lanes
 from ray_prefopt.data.tokenization import LengthLimits
@@ -51,6 +54,7 @@ from ray_prefopt.model.tokenizer import load_tokenizer
 
 CHUNK_ROWS = 1000
 CPUS_PER_READER = 16
+NOTE_EVERY_S = 30.0
 DEAD_AFTER = timedelta(days=1)
 """Age from which an unfinished attempt at writing blocks is taken for dead."""
 
@@ -66,26 +70,22 @@ def prepare(
 ) -> Blocks:
     """The blocks of these sources, found in `<storage>/blocks/<fingerprint>` or made there.
 
-    Raises DataError when files or columns are missing, or more rows than data.max_bad_fraction are unusable, and
-    ModelError when there is no tokenizer.
+    Raises DataError when files or columns are missing, or more rows than data.max_bad_fraction are unusable,
+    ModelError when there is no tokenizer, and ResourceError when the storage cannot be written.
     """
     console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
-    tokenizer = load_tokenizer(model, data.chat_template)
-    work = lanes(sources, data.columns)
-    recipe = _recipe(data, sources, work, tokenizer, chunk_rows)
-    fingerprint = _fingerprint(recipe)
-    folder = _blocks_folder(storage, fingerprint)
-    if has_blocks(folder):
-        blocks = open_blocks(folder)
-        console.print(f"blocks found: {blocks.num_pairs:,} pairs in {folder}")
+    order = _order(data, model, sources, storage, chunk_rows)
+    if has_blocks(order.folder):
+        blocks = open_blocks(order.folder)
+        console.print(f"blocks found: {blocks.num_pairs:,} pairs in {order.folder}")
         return blocks
 
     started = time.perf_counter()
     attempt = uuid.uuid4().hex
     job = TokenizeJob(
-        folder=folder,
+        folder=order.folder,
         attempt=attempt,
-        tokenizer=pickle.dumps(tokenizer),
+        tokenizer=pickle.dumps(order.tokenizer),
         limits=_limits(data),
         form=data.format,
         columns=dict(data.columns.items()),
@@ -93,28 +93,29 @@ def prepare(
         weights=tuple(source.weight for source in sources),
     )
     try:
-        reports = sorted(_watched(_run(work, job, chunk_rows), console), key=lambda report: report.key)
+        reports = sorted(_watched(_run(order.work, job, chunk_rows), console), key=lambda report: report.key)
         counts = _counts(reports)
-        _refuse_unusable(counts, data.max_bad_fraction)
-        manifest = _write_lengths(reports, folder, attempt) | {
+        _refuse_unusable(counts, data.max_bad_fraction, sources)
+        manifest = _write_lengths(reports, order.folder, attempt) | {
             "format": FORMAT,
-            "fingerprint": fingerprint,
+            "fingerprint": _fingerprint(order.recipe),
             "attempt": attempt,
-            "recipe": recipe,
+            "recipe": order.recipe,
+            "date": date.today().isoformat(),
             "counts": counts,
             "blocks": [report.block for report in reports if report.block],
             "schema": {column.name: str(column.type) for column in BLOCK_SCHEMA},
         }
-        if has_blocks(folder):  # another driver was first, and others may read its blocks already
-            _remove(folder, attempt)
+        if has_blocks(order.folder):  # another driver was first, and others may read its blocks already
+            _remove(order.folder, attempt)
         else:
-            write_manifest(folder, manifest)
+            write_manifest(order.folder, manifest)
     except BaseException:
-        _remove(folder, attempt)
+        _remove(order.folder, attempt)
         raise
-    blocks = open_blocks(folder)
-    _remove_dead_attempts(folder, blocks.manifest["attempt"])
-    console.print(_summary(counts, time.perf_counter() - started, folder))
+    blocks = open_blocks(order.folder)
+    _remove_dead_attempts(order.folder, blocks.manifest["attempt"])
+    console.print(_summary(counts, time.perf_counter() - started, order.folder))
     return blocks
 
 
@@ -122,13 +123,34 @@ def find_blocks(
     data: DataConfig, model: ModelConfig, sources: Sequence[Source], storage: str
 ) -> Blocks | None:
     """The blocks that `prepare` would find; None when it would have to make them. Raises as `prepare` does."""
-    tokenizer = load_tokenizer(model, data.chat_template)
-    recipe = _recipe(data, sources, lanes(sources, data.columns), tokenizer, CHUNK_ROWS)
-    folder = _blocks_folder(storage, _fingerprint(recipe))
+    folder = _order(data, model, sources, storage, CHUNK_ROWS).folder
     return open_blocks(folder) if has_blocks(folder) else None
 
 
 # --- what the blocks depend on ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be tokenized by what, and the folder where its blocks belong."""
+
+    tokenizer: PreTrainedTokenizerBase
+    work: list[Lane]
+    recipe: dict[str, Any]
+    folder: str
+
+
+def _order(
+    data: DataConfig, model: ModelConfig, sources: Sequence[Source], storage: str, chunk_rows: int
+) -> _Order:
+    if not sources:
+        raise DataError(
+            "there is nothing to prepare: a list of sources is empty; name a file in data.train or data.eval"
+        )
+    tokenizer = load_tokenizer(model, data.chat_template)
+    work = lanes(sources, data.columns)
+    recipe = _recipe(data, sources, work, tokenizer, chunk_rows)
+    return _Order(tokenizer, work, recipe, _blocks_folder(storage, _fingerprint(recipe)))
 
 
 def _limits(data: DataConfig) -> LengthLimits:
@@ -145,7 +167,7 @@ def _recipe(
     chunk_rows: int,
 ) -> dict[str, Any]:
     """Everything that decides what is in the blocks, as JSON."""
-    template = json.dumps(tokenizer.chat_template)
+    # A template may write today's date. That is not in here: a run that is resumed tomorrow goes on with these pairs.
     return {
         "format": FORMAT,
         "sources": [source.model_dump() for source in sources],
@@ -157,9 +179,7 @@ def _recipe(
         "assistant_header": data.assistant_header,
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
         "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "chat_template": _sha256(template),
-        # A template that writes today's date makes other texts tomorrow.
-        "date": date.today().isoformat() if "strftime_now" in template else None,
+        "chat_template": _sha256(json.dumps(tokenizer.chat_template)),
         "tokenizers": ".".join(tokenizers.__version__.split(".")[:2]),
         "transformers": transformers.__version__.split(".")[0],
     }
@@ -183,7 +203,7 @@ def _blocks_folder(storage: str, fingerprint: str) -> str:
 
 
 def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Report]:
-    """The reports of all chunks as they finish. Raises what a task raised."""
+    """The reports of all chunks as they finish. Raises what a task found wrong."""
     if not ray.is_initialized():
         ray.init()
     context = DataContext.get_current().copy()
@@ -191,7 +211,7 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # each chunk by itself, so that one big file keeps every CPU busy
     readers = 1 + _cluster_cpus() // CPUS_PER_READER
-    with DataContext.current(context):
+    with DataContext.current(context), _few_words():
         # Reading asks for no CPU: it waits most of the time, and must neither be fused with tokenizing nor block it.
         results = (
             ray.data.from_items(
@@ -200,14 +220,24 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
             .flat_map(partial(read_task, rows=chunk_rows), num_cpus=0, compute=TaskPoolStrategy(size=readers))
             .map(partial(tokenize_task, job=job), num_cpus=1)
         )
-        try:
-            for row in results.iter_rows():
-                yield pickle.loads(row["report"])
-        except Exception as error:
-            cause = _cause(error)
-            if cause is None:
-                raise
-            raise cause from None
+        for row in results.iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, PrefoptError):
+                raise result
+            yield result
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Of Ray Data's messages only warnings, less the one that its progress bars are off: there is ours."""
+    log_once("ray_data_progress_manager_disabled")
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cluster_cpus() -> int:
@@ -215,26 +245,21 @@ def _cluster_cpus() -> int:
     return int(resources.get("CPU", 1))
 
 
-def _cause(error: BaseException | None) -> PrefoptError | None:
-    """Our own error inside of Ray's."""
-    while error is not None:
-        if type(error).__module__ == PrefoptError.__module__ and isinstance(error, PrefoptError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
-
-
 def _watched(reports: Iterable[Report], console: Console) -> Iterator[Report]:
-    """The same reports, with their pairs counted on a terminal."""
+    """The same reports, with their pairs counted: in place on a terminal, else in a line now and then."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    started = time.perf_counter()
+    started = told = time.perf_counter()
     done = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("preparing: starting Ray Data", total=None)
         for report in reports:
             done += len(report.lengths.chosen)
-            rate = done / (time.perf_counter() - started)
-            bar.update(task, description=f"preparing: {done:,} pairs, {rate:,.0f} pairs/s")
+            now = time.perf_counter()
+            text = f"preparing: {done:,} pairs, {done / (now - started):,.0f} pairs/s"
+            bar.update(task, description=text)
+            if not console.is_terminal and now - told >= NOTE_EVERY_S:
+                console.print(text)
+                told = now
             yield report
 
 
@@ -266,28 +291,31 @@ def _as_json(drop: Drop) -> dict[str, Any]:
     return {"count": drop.count, "examples": [{"at": at, "detail": detail} for at, detail in drop.examples]}
 
 
-def _refuse_unusable(counts: Mapping[str, Any], max_bad_fraction: float) -> None:
+def _refuse_unusable(counts: Mapping[str, Any], max_bad_fraction: float, sources: Sequence[Source]) -> None:
     bad, taken = counts["taken"] - counts["pairs"], counts["taken"]
     if counts["pairs"] and bad <= max_bad_fraction * taken:
         return
     if not taken:
+        paths = ", ".join(source.path for source in sources)
         raise DataError(
-            f"no preference pair in {counts['rows']} rows: check data.train, and rows and weight in it"
+            f"no preference pair in {counts['rows']} rows of {paths}: check the files, and rows and weight"
         )
     reasons = [
         f"\n  {drop['count']} {reason}: "
         + "; ".join(f"{example['at']}: {example['detail']}" for example in drop["examples"])
         for reason, drop in counts["dropped"].items()
     ]
-    remedy = "repair these rows"
+    remedies = ["repair these rows"]
     if "missing_column" in counts["dropped"]:
-        remedy = "set data.columns, as in {prompt: question, chosen: better, rejected: worse}, or repair these rows"
-    elif counts["pairs"]:
-        remedy += ", or raise data.max_bad_fraction"
+        remedies.insert(0, "set data.columns, as in {prompt: question, chosen: better, rejected: worse}")
+    if counts["pairs"]:
+        remedies.append("raise data.max_bad_fraction")
     allowed = (
         f"data.max_bad_fraction allows {max_bad_fraction:g} of them" if counts["pairs"] else "no pair is left"
     )
-    raise DataError(f"{bad} of {taken} rows are unusable, and {allowed}:{''.join(reasons)}\n{remedy}")
+    raise DataError(
+        f"{bad} of {taken} rows are unusable, and {allowed}:{''.join(reasons)}\n{', or '.join(remedies)}"
+    )
 
 
 def _write_lengths(reports: Sequence[Report], folder: str, attempt: str) -> dict[str, Any]:
@@ -328,24 +356,20 @@ def _summary(counts: Mapping[str, Any], seconds: float, folder: str) -> str:
 
 
 def _remove(folder: str, attempt: str) -> None:
+    """Remove what an attempt has written, if that can be done: what stays takes space and does no harm."""
     fs, path = url_to_fs(folder)
-    _remove_folder(fs, f"{path}/{attempt}")
-
-
-def _remove_folder(fs: AbstractFileSystem, path: str) -> None:
-    try:
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-    except OSError:
-        return  # it takes space and does no harm
+    with suppress(OSError):
+        if fs.exists(f"{path}/{attempt}"):
+            fs.rm(f"{path}/{attempt}", recursive=True)
 
 
 def _remove_dead_attempts(folder: str, living: str) -> None:
     """Remove what attempts have left that wrote nothing for a day; a younger one may be another driver at work."""
     fs, path = url_to_fs(folder)
-    for info in fs.ls(path, detail=True):
-        if info["type"] != "directory" or info["name"].rstrip("/").endswith(living):
-            continue
-        newest = max(map(fs.modified, fs.find(info["name"])), default=None)
-        if newest is not None and datetime.now(UTC) - newest > DEAD_AFTER:
-            _remove_folder(fs, info["name"])
+    with suppress(OSError, NotImplementedError):  # a file gone meanwhile; a storage without times
+        for info in fs.ls(path, detail=True):
+            attempt = info["name"].rstrip("/").rpartition("/")[2]
+            if info["type"] == "directory" and attempt != living:
+                newest = max(map(fs.modified, fs.find(info["name"])), default=None)
+                if newest is not None and datetime.now(UTC) - newest > DEAD_AFTER:
+                    _remove(folder, attempt)

@@ -17,7 +17,7 @@ from ray_prefopt.data.chunks import Drop, Report, TokenizeJob, read_task, tokeni
 from ray_prefopt.data.formats import Skipped
 from ray_prefopt.data.rows import Chunk, InputFile, Lane, Row
 from ray_prefopt.data.tokenization import LengthLimits
-from ray_prefopt.errors import DataError
+from ray_prefopt.errors import DataError, ResourceError
 from tests.tiny import chat_row, tiny_tokenizer
 
 LIMITS = LengthLimits(
@@ -197,7 +197,7 @@ def test_examples_are_few_and_short(tmp_path: Path) -> None:
 def test_a_storage_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        DataError, match=r"part-000-00000-000000\.parquet cannot be written .*: free some space"
+        ResourceError, match=r"part-000-00000-000000\.parquet cannot be written .*: free some space"
     ):
         tokenize_chunk(chunk(GOOD), job(tmp_path / "file"))
 
@@ -207,10 +207,23 @@ def test_the_tasks_of_ray_data_pass_pickles(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(GOOD | {"prompt": str(number)}) + "\n" for number in range(3)))
     lane = Lane(0, 4, (InputFile(str(path), "jsonl", None, ()),), None, frozenset(GOOD))
     rows = list(read_task({"lane": pickle.dumps(lane)}, rows=2))
-    reports = [pickle.loads(tokenize_task(row, job=job(tmp_path))["report"]) for row in rows]
+    reports = [pickle.loads(tokenize_task(row, job=job(tmp_path))["result"]) for row in rows]
     assert [(report.key, report.taken) for report in reports] == [((0, 4, 0), 2), ((0, 4, 1), 1)]
     prompts = [prompt for report in reports for prompt, _, _ in texts(tmp_path, report)]
     assert prompts == ["0", "1", "2"]
+
+
+def test_the_tasks_of_ray_data_pass_errors_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"[{json.dumps(GOOD)}, oops]")
+    lane = Lane(0, 0, (InputFile(str(path), "json", None, ()),), None, frozenset(GOOD))
+    rows = list(read_task({"lane": pickle.dumps(lane)}, rows=1))
+    results = [pickle.loads(tokenize_task(row, job=job(tmp_path))["result"]) for row in rows]
+    assert [type(result) for result in results] == [Report, DataError]
+    assert str(results[1]).startswith(f"{path} is not a JSON array: Expecting value")
+    (tmp_path / "file").touch()
+    refused = pickle.loads(tokenize_task(rows[0], job=job(tmp_path / "file"))["result"])
+    assert type(refused) is ResourceError
 
 
 def test_tasks_import_neither_torch_nor_ray() -> None:
