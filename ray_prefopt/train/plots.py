@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from ray_prefopt.errors import CheckpointError
 
 TRAIN, CHOSEN, REJECTED = "#3b5b92", "#2a9d6f", "#c8553d"
-EVAL = ("#e08e1b", "#8d5fb5", "#2f9fb0", "#a2536b", "#7c8a2c")
+EVAL = (("#e08e1b", "o"), ("#8d5fb5", "s"), ("#2f9fb0", "^"), ("#a2536b", "D"), ("#7c8a2c", "v"))
+"""Colour and marker of each evaluation set, in turn."""
 INK, FAINT = "#2b2f36", "#d9dce1"
 SMOOTH_ABOVE = 80
 """Points from which a training curve is drawn faint, with its running mean on top."""
@@ -35,7 +37,7 @@ class Curve:
         >>> Curve(np.arange(3), np.array([1.0, 2.0, 6.0])).smoothed().values.tolist()
         [1.5, 3.0, 4.0]
         """
-        window = max(3, len(self.values) // 20)
+        window = max(3, len(self.values) // 20) | 1  # odd, so that it has a middle
         ones = np.ones(window)
         near = np.convolve(np.ones_like(self.values), ones, "same")
         return Curve(self.steps, np.convolve(self.values, ones, "same") / near)
@@ -96,17 +98,12 @@ def eval_prefixes(records: Sequence[Record]) -> list[str]:
 
 
 def _figure(records: Sequence[Record], *, title: str) -> Figure:
-    figure = Figure(figsize=(13.5, 7.4), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.04, hspace=0.06)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(13.5, 7.2), layout=layout, facecolor="white")
     last = records[-1]
-    figure.suptitle(
-        f"{title}   step {last['step']:,}, epoch {last.get('epoch', 0):.2f}",
-        x=0.012,
-        ha="left",
-        color=INK,
-        fontsize=15,
-    )
-    axes = figure.subplots(2, 3)
+    heading = f"{title}: step {last['step']:,}, epoch {last.get('epoch', 0):.2f}"
+    figure.suptitle(heading, x=0.012, ha="left", color=INK, fontsize=14, fontweight="bold")
+    axes = figure.subplots(2, 3, sharex=True)
     loss, accuracy, margin, logps, norm, rate = axes.flat
     for panel, heading in (
         (loss, "Loss"),
@@ -120,27 +117,27 @@ def _figure(records: Sequence[Record], *, title: str) -> Figure:
 
     prefixes = eval_prefixes(records)
     for panel, name in ((loss, "loss"), (accuracy, "rewards/accuracies"), (margin, "rewards/margins")):
-        _draw_train(panel, _curve(records, name), TRAIN, "train")
+        _draw_train(panel, _curve(records, name), TRAIN, label="train")
         for number, prefix in enumerate(prefixes):
-            _draw_eval(panel, _curve(records, prefix + name), EVAL[number % len(EVAL)], prefix.strip("_"))
+            _draw_eval(panel, _curve(records, prefix + name), number, label=prefix.strip("_"))
     for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        _draw_train(logps, _curve(records, f"logps_mean/{side}"), color, side)
+        _draw_train(logps, _curve(records, f"logps_mean/{side}"), color, label=side)
         for number, prefix in enumerate(prefixes):
-            label = f"{side}, {prefix.strip('_')}" if number == 0 else None
-            _draw_eval(logps, _curve(records, f"{prefix}logps_mean/{side}"), color, label)
-    _draw_train(norm, _curve(records, "grad_norm"), TRAIN, "before clipping")
-    _draw_train(rate, _curve(records, "learning_rate"), TRAIN, None)
+            _draw_eval(logps, _curve(records, f"{prefix}logps_mean/{side}"), number, color=color)
+    _draw_train(norm, _curve(records, "grad_norm"), TRAIN, label="before clipping")
+    _draw_train(rate, _curve(records, "learning_rate"), TRAIN, smooth=False)
 
     accuracy.axhline(0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     margin.axhline(0, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     accuracy.set_ylim(min(0.45, accuracy.get_ylim()[0]), 1.02)
     rate.set_ylim(bottom=0)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
     for panel in axes.flat:
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=9.5, labelcolor=INK)
+            panel.legend(edgecolor="white", framealpha=0.85, fontsize=9.5, labelcolor=INK)
     for panel in axes[1]:
         panel.set_xlabel("optimizer step", color=INK)
+    loss.set_xlim(-0.02 * last["step"] - 0.1, 1.02 * last["step"] + 0.1)
     return figure
 
 
@@ -150,13 +147,14 @@ def _dress(panel: Axes, heading: str) -> None:
     panel.spines["bottom"].set_color(FAINT)
     panel.grid(axis="y", color=FAINT, linewidth=0.7)
     panel.set_axisbelow(True)
-    panel.tick_params(colors=INK, labelsize=9.5, length=0)
+    panel.tick_params(colors=INK, labelsize=9.5, length=0, labelbottom=True)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _draw_train(panel: Axes, curve: Curve, color: str, label: str | None) -> None:
-    is_long = len(curve.steps) > SMOOTH_ABOVE
-    if is_long:
+def _draw_train(
+    panel: Axes, curve: Curve, color: str, *, label: str | None = None, smooth: bool = True
+) -> None:
+    if smooth and len(curve.steps) > SMOOTH_ABOVE:
         panel.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.9)
         curve = curve.smoothed()
     if len(curve.steps):
@@ -164,16 +162,20 @@ def _draw_train(panel: Axes, curve: Curve, color: str, label: str | None) -> Non
         panel.plot(curve.steps, curve.values, color=color, linewidth=1.8, marker=marker, label=label)
 
 
-def _draw_eval(panel: Axes, curve: Curve, color: str, label: str | None) -> None:
+def _draw_eval(
+    panel: Axes, curve: Curve, number: int, *, color: str | None = None, label: str | None = None
+) -> None:
+    """An evaluation set has its marker in all panels, and its colour where none is given."""
+    default_color, marker = EVAL[number % len(EVAL)]
     if len(curve.steps):
         panel.plot(
             curve.steps,
             curve.values,
-            color=color,
+            color=color or default_color,
             linewidth=1.2,
             linestyle=(0, (4, 2)),
-            marker="o",
-            markersize=5,
+            marker=marker,
+            markersize=6,
             markeredgecolor="white",
             label=label,
         )
