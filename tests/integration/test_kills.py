@@ -1,0 +1,96 @@
+"""Whatever dies, the run goes on from its last checkpoint and ends with the weights of an undisturbed one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_prefopt.settings import dump_yaml
+from ray_prefopt.train.run import TrainResult, train
+from tests.integration.conftest import STEPS, Toy
+from tests.integration.test_train import assert_same_weights, records_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+PATIENCE_S = 200
+
+
+def step_of(folder: Path) -> int:
+    """The last step in a run's metrics."""
+    try:
+        return max((int(record["step"]) for record in records_of(str(folder))), default=0)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+def wait_for(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while step_of(folder) < step:
+        assert time.monotonic() < deadline, f"{folder} did not come to step {step}"
+        time.sleep(0.01)
+
+
+def test_a_killed_worker(straight: TrainResult, toy: Toy) -> None:
+    killed: list[int] = []
+
+    def kill_one(folder: Path) -> None:
+        wait_for(folder, 5)
+        ours = psutil.Process().children(recursive=True)
+        worker = next(child for child in ours if "RayTrainWorker" in " ".join(child.cmdline()))
+        worker.kill()
+        killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill_one, args=(toy.folder / "runs" / "killed",))
+    killer.start()
+    result = train(toy.config(name="killed", max_failures=2))
+    killer.join()
+    assert killed
+    assert result.steps == STEPS
+    assert_same_weights(result.model, straight.model)
+    steps = [record["step"] for record in records_of(result.folder) if "loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_the_whole_run_interrupted_then_killed(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:
+    """Each time by itself, with a Ray of its own: Ctrl-C, then SIGKILL to all of its processes, then to the end."""
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(toy.config(name="alone")))
+    command = [sys.executable, "-m", "ray_prefopt", "train", "-c", str(config)]
+    folder = toy.folder / "runs" / "alone"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    first = start()
+    wait_for(folder, 4)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == 130, errors
+    assert errors.rstrip().endswith(f"interrupted; resume with: ray-prefopt train -c {config}"), errors
+
+    second = start()
+    wait_for(folder, 7)
+    family = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    second.communicate(timeout=PATIENCE_S)
+
+    third = start()
+    output, errors = third.communicate(timeout=PATIENCE_S)
+    assert third.returncode == 0, errors
+    assert "no pair is repeated or skipped" in errors
+    assert_same_weights(str(folder / "model"), straight.model)
+    steps = [record["step"] for record in records_of(str(folder)) if "loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+    assert f"steps: {STEPS}" in output
