@@ -74,12 +74,19 @@ def _with_weights(config: ModelConfig, weights: dict[str, Tensor], *, seed: int)
         architecture = load_architecture(config)
         config = config.model_copy(update={"from_config": architecture.to_dict(), "path": None})
     model = load_model(config, dtype=dtype, seed=seed)
-    _, unexpected = model.load_state_dict(weights, strict=False)
-    missing = {name for name, weight in model.named_parameters() if weight.requires_grad} - weights.keys()
-    missing -= set(getattr(model, "all_tied_weights_keys", None) or {})
+    try:
+        _, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights are not those of the model: {error}") from error
+    named = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {
+        id(named[name]) for name in named.keys() & weights.keys()
+    }  # tied weights are one, under several names
+    missing = sorted(
+        name for name, weight in named.items() if weight.requires_grad and id(weight) not in loaded
+    )
     if unexpected or missing:
         raise CheckpointError(
-            f"the checkpoint's weights are not those of the model: missing {sorted(missing)[:3]}, "
-            f"unknown {unexpected[:3]}"
+            f"the checkpoint's weights are not those of the model: missing {missing[:3]}, unknown {unexpected[:3]}"
         )
     return model
