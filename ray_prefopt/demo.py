@@ -247,9 +247,9 @@ def demo_config(folder: Path) -> TrainConfig:
                 "num_workers": 2,
                 "global_batch": 32,
                 "micro_batch": 16,
-                "epochs": 3,
+                "epochs": 2,
                 "log_steps": 10,
-                "eval_steps": 55,
+                "eval_steps": 44,
                 "eval_on_start": True,
             },
         }
