@@ -19,6 +19,7 @@ from ray_prefopt.train.checkpoint import (
     Checkpoint,
     LoopState,
     better,
+    checkpoint_at,
     latest_checkpoint,
     local_copy,
     made_once,
@@ -380,6 +381,15 @@ def test_a_run_without_checkpoints_begins_at_step_0(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert latest_checkpoint(str(tmp_path)) is None
     assert latest_checkpoint(str(tmp_path / "nowhere")) is None
+
+
+def test_a_checkpoint_is_found_by_its_step(tmp_path: Path) -> None:
+    one, two, three = (save(tmp_path, step) for step in (1, 2, 3))
+    Path(three.path, "MANIFEST.json").unlink()
+    found = [checkpoint_at(f"{tmp_path}/", step) for step in (1, 2, 3, 4)]
+    assert found == [one.path, two.path, None, None]
+    in_bucket = save("memory://bucket/by-step", 7)
+    assert checkpoint_at("memory://bucket/by-step", 7) == in_bucket.path
 
 
 def test_sizes_alone_can_be_verified(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import ModelError
@@ -20,6 +21,8 @@ from ray_prefopt.model.load import (
     compute_dtype,
     load_architecture,
     load_model,
+    merged,
+    save_model,
     why_not_loaded,
 )
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
@@ -171,6 +174,31 @@ def test_options_of_the_adapter_reach_peft() -> None:
     assert layer.lora_dropout["default"].p == 0.25
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert "base_model.model.lm_head.modules_to_save.default.weight" in trained
+
+
+def test_a_merged_model_is_the_same_without_adapters(tmp_path: Path) -> None:
+    model, ids = built(lora={"r": 4}), torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.1)
+        expected = model.eval()(ids).logits
+        whole = merged(model)
+        torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert (tiny_model()(ids).logits - expected).abs().max() > 0.01
+    assert whole.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_saving_draws_no_bars_and_leaves_the_others(tmp_path: Path, is_shown: bool) -> None:
+    was_shown = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if is_shown else logging.disable_progress_bar)()
+    try:
+        save_model(tiny_model(), tmp_path)
+        assert logging.is_progress_bar_enabled() == is_shown
+    finally:
+        (logging.enable_progress_bar if was_shown else logging.disable_progress_bar)()
+    assert weights_equal(built(path=str(tmp_path)), tiny_model())
 
 
 # --- what cannot be loaded ---
