@@ -51,7 +51,7 @@ def plot_run(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     records = read_records(folder / "metrics.jsonl")
-    figure = _figure(records, title=folder.absolute().name)
+    figure = make_figure(records, title=folder.absolute().name)
     picture = Path(out or folder / "curves.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=144)
@@ -97,7 +97,8 @@ def eval_prefixes(records: Sequence[Record]) -> list[str]:
     return [name.removesuffix(ending) for name in names if name.startswith("eval_") and name.endswith(ending)]
 
 
-def _figure(records: Sequence[Record], *, title: str) -> Figure:
+def make_figure(records: Sequence[Record], *, title: str) -> Figure:
+    """Six panels over the optimizer steps; training as lines, evaluation sets as dashed lines with markers."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
     figure = Figure(figsize=(13.5, 7.2), layout=layout, facecolor="white")
     last = records[-1]
