@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,24 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_prefopt.data import stream
-from ray_prefopt.data.blocks import (
-    FORMAT,
-    Blocks,
-    Lengths,
-    encode,
-    encode_block,
-    file_entry,
-    open_blocks,
-    read_block,
-    write_file,
-    write_manifest,
-)
+from ray_prefopt.data.blocks import Blocks, open_blocks, read_block
 from ray_prefopt.data.plan import Order
 from ray_prefopt.data.stream import PairReader, Prefetched
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import DataError
+from tests.tiny import write_blocks
 
-SIZES = (3, 1, 7, 4)
+SIZES = (4, 4, 4, 3)
+"""Rows of the blocks."""
 
 
 def pair_of(pair_id: int) -> TokenizedPair:
@@ -42,26 +32,15 @@ def pair_of(pair_id: int) -> TokenizedPair:
     return TokenizedPair(prompt + chosen, prompt + rejected, len(prompt), len(prompt))
 
 
-def write_blocks(folder: str, sizes: tuple[int, ...] = SIZES) -> Blocks:
-    fs, path = fsspec.core.url_to_fs(folder)
-    pairs = [pair_of(pair_id) for pair_id in range(sum(sizes))]
-    entries, start = [], 0
-    for index, rows in enumerate(sizes):
-        name, data = f"try/part-{index}.parquet", encode_block(pairs[start : start + rows])
-        write_file(fs, f"{path}/{name}", data)
-        entries.append(file_entry(name, rows, data))
-        start += rows
-    data = encode(Lengths.of(pairs).to_table())
-    write_file(fs, f"{path}/try/lengths.parquet", data)
-    lengths = file_entry("try/lengths.parquet", len(pairs), data)
-    manifest = {"format": FORMAT, "attempt": "try", "fingerprint": "f", "blocks": entries, "lengths": lengths}
-    write_manifest(folder, manifest)
-    return open_blocks(folder)
+def prepared(folder: str) -> Blocks:
+    return open_blocks(
+        write_blocks(folder, [pair_of(pair_id) for pair_id in range(sum(SIZES))], rows=SIZES[0])
+    )
 
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Blocks:
-    return write_blocks(str(tmp_path_factory.mktemp("blocks")))
+    return prepared(str(tmp_path_factory.mktemp("blocks")))
 
 
 @pytest.fixture
@@ -91,7 +70,7 @@ def test_pairs_are_those_written_in_any_order(blocks: Blocks, ids: list[int], ma
 
 
 def test_pairs_come_from_any_storage() -> None:
-    found = PairReader(write_blocks("memory://bucket/stream/blocks")).read(np.array([14, 0]))
+    found = PairReader(prepared("memory://bucket/stream/blocks")).read(np.array([14, 0]))
     assert [as_lists(pair) for pair in found] == [as_lists(pair_of(pair_id)) for pair_id in (14, 0)]
 
 
@@ -109,20 +88,20 @@ def test_an_epoch_in_windows_reads_every_block_once_and_holds_one_window(
 
 
 def test_the_block_that_was_needed_longest_ago_goes_first(blocks: Blocks, blocks_read: list[int]) -> None:
-    reader = PairReader(blocks, max_pairs=7)
-    for pair_id in (0, 3, 0, 11, 3):  # blocks 0, 1, 0 again, 3 in place of 1, 1 once more
+    reader = PairReader(blocks, max_pairs=8)
+    for pair_id in (0, 4, 0, 8, 4):  # blocks 0, 1, 0 again, 2 in place of 1, 1 once more
         reader.read(np.array([pair_id]))
-    assert blocks_read == [0, 1, 3, 1]
+    assert blocks_read == [0, 1, 2, 1]
 
 
 def test_a_damaged_block_is_named(tmp_path: Path) -> None:
-    blocks = write_blocks(str(tmp_path))
-    path = tmp_path / "try/part-2.parquet"
+    blocks = prepared(str(tmp_path))
+    path = tmp_path / "try/0002.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     reader = PairReader(blocks)
-    reader.read(np.array([0, 3]))
-    with pytest.raises(DataError, match=r"part-2\.parquet is damaged: expected checksum .*; remove "):
-        reader.read(np.array([4]))
+    reader.read(np.array([0, 4, 12]))
+    with pytest.raises(DataError, match=r"0002\.parquet is damaged: expected checksum .*; remove "):
+        reader.read(np.array([8]))
 
 
 # --- Prefetched ---
