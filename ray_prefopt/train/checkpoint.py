@@ -255,6 +255,11 @@ def latest_checkpoint(
     return None
 
 
+def has_checkpoints(folder: str) -> bool:
+    """Whether any was ever committed, whole or not."""
+    return bool(_folders(*url_to_fs(folder)))
+
+
 def checkpoint_at(folder: str, step: int) -> str | None:
     """Path of the newest committed checkpoint of this step, if there is one."""
     fs, root = url_to_fs(folder)

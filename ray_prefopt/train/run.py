@@ -23,7 +23,13 @@ from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.train.checkpoint import LoopState, checkpoint_at, latest_checkpoint, write_text
+from ray_prefopt.train.checkpoint import (
+    LoopState,
+    checkpoint_at,
+    has_checkpoints,
+    latest_checkpoint,
+    write_text,
+)
 from ray_prefopt.train.display import Display
 from ray_prefopt.train.export import export
 from ray_prefopt.train.log import RunLog
@@ -75,16 +81,16 @@ def train(config: TrainConfig) -> TrainResult:
     """
     config = resolved(config)
     _check(config)
-    folder = _claim_folder(config)
-    finished = _finished(folder, export=config.run.export)
-    if finished is not None:
-        logger.warning(
-            "run %s is finished: this is its result; run.force_new or another name trains anew", finished.name
-        )
-        return finished
+    folder = _folder(config)
+    if not config.run.force_new:
+        _refuse_other_config(config, folder)
+        if (finished := _finished(folder, export=config.run.export)) is not None:
+            logger.warning("run %s is finished: here is its result; run.force_new trains anew", finished.name)
+            return finished
     start_ray()
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
+    _claim(config, folder)
     job = _job(config, folder, train_blocks=train_blocks)
     log = RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
     if _state_on_disk(job).step < total_steps:
@@ -178,7 +184,7 @@ def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str,
 
 def _describe_run(config: TrainConfig) -> dict[str, Any]:
     run = config.run
-    folder = f"{run.storage_path}/{run.name}"
+    folder = _folder(config)
     blocks = find_blocks(config.data, config.model, config.data.train_sources, run.storage_path)
     total_steps = make_plan(config, blocks).total_steps if blocks else run.max_steps
     state = "new"
@@ -216,10 +222,10 @@ def _check(config: TrainConfig) -> PretrainedConfig:
 
 
 def _refuse_other_config(config: TrainConfig, folder: str) -> None:
-    """Raises ConfigError when the folder is that of a run with another config."""
-    fs, path = url_to_fs(folder)
-    if not fs.exists(f"{path}/config.json"):
+    """Raises ConfigError when the folder has checkpoints of another config."""
+    if not has_checkpoints(f"{folder}/checkpoints"):
         return
+    fs, path = url_to_fs(folder)
     differing = _differences(json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json"))
     if differing:
         raise ConfigError(
@@ -268,16 +274,17 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _claim_folder(config: TrainConfig) -> str:
-    """The run's folder, with its config in it. Raises ConfigError when it is another run's."""
-    folder = f"{config.run.storage_path}/{config.run.name}"
+def _folder(config: TrainConfig) -> str:
+    return f"{config.run.storage_path}/{config.run.name}"
+
+
+def _claim(config: TrainConfig, folder: str) -> None:
+    """Make the run's folder, with its config in it; what is there is moved aside for run.force_new."""
     fs, path = url_to_fs(folder)
     if config.run.force_new and fs.exists(path):
         fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
-    _refuse_other_config(config, folder)
     fs.makedirs(path, exist_ok=True)
     write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
-    return folder
 
 
 def _job(config: TrainConfig, folder: str, *, train_blocks: Blocks | None) -> Job:
