@@ -49,7 +49,7 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Padding, start and end of a turn: the first ids of the vocabulary."""
 VOCABULARY = 512
-CONFIG = "config.yaml"
+CONFIG = "demo.yaml"
 ACCURACY = "eval_rewards/accuracies"
 
 Row = dict[str, Any]
@@ -79,24 +79,24 @@ def run_demo(folder: str | Path = "demo") -> DemoResult:
     """
     started = time.perf_counter()
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    folder = _claim(Path(folder).absolute())
+    folder = claim_folder(Path(folder).absolute())
     learned, held_out = preference_rows(seed=0)
     _write_rows(folder / "train.jsonl", learned)
     _write_rows(folder / "eval.jsonl", held_out)
-    make_tokenizer([text for row in learned for text in _texts(row)]).save_pretrained(folder / "tokenizer")
+    make_tokenizer([text for row in learned for text in texts(row)]).save_pretrained(folder / "tokenizer")
     config = demo_config(folder)
     (folder / CONFIG).write_text(dump_yaml(config))
     console.print(f"{len(learned):,} preference pairs to learn from, such as")
-    for name, text in zip(("prompt", "chosen", "rejected"), _texts(learned[0]), strict=True):
+    for name, text in zip(("prompt", "chosen", "rejected"), texts(learned[0]), strict=True):
         console.print(f"  {name:<9} {text}")
     console.print(f"and {len(held_out):,} held-out ones, about two things that never meet in training")
 
     result = train(config)
     before, *_, after = _accuracies(Path(result.folder))
     assert result.model is not None
-    questions = [_texts(row)[0] for row in held_out]
+    questions = [texts(row)[0] for row in held_out]
     answers = ask(result.model, questions)
-    right = [answer == _texts(row)[1] for answer, row in zip(answers, held_out, strict=True)]
+    right = [answer == texts(row)[1] for answer, row in zip(answers, held_out, strict=True)]
     console.print(f"held-out pairs ranked right       {before:6.1%} before, {after:.1%} after")
     console.print(f"held-out questions answered right {sum(right) / len(right):6.1%}, word for word, such as")
     for question, answer in list(zip(questions, answers, strict=True))[:3]:
@@ -118,8 +118,8 @@ def _accuracies(run: Path) -> list[float]:
     return [record[ACCURACY] for record in records if ACCURACY in record]
 
 
-def _claim(folder: Path) -> Path:
-    """The folder, without the run and blocks of an earlier demo."""
+def claim_folder(folder: Path) -> Path:
+    """The folder, made if need be, and without the run of an earlier demo."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: give the demo another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
@@ -127,7 +127,8 @@ def _claim(folder: Path) -> Path:
             f"{folder} is not empty and holds no earlier demo ({CONFIG} is missing): give another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for name in ("demo", "blocks"):
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
     return folder
 
 
@@ -174,7 +175,7 @@ def _row(question: str, chosen: str, rejected: str) -> Row:
     }
 
 
-def _texts(row: Row) -> tuple[str, str, str]:
+def texts(row: Row) -> tuple[str, str, str]:
     """Question, chosen and rejected answer."""
     prompt, chosen, rejected = (row[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
     return prompt, chosen, rejected
