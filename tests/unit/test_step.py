@@ -16,22 +16,13 @@ from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
 from ray_prefopt.model.forward import pair_logps
 from ray_prefopt.train.metrics import MetricSums
 from ray_prefopt.train.step import REMEDY, StepInput, evaluate, train_step
-from tests.tiny import tiny_model
+from tests.tiny import random_pairs, tiny_model
 
 PAD = 0
 LOSS = CPOSimPOLoss(cpo_alpha=0.5)
 OBJECTIVE = make_objective(LOSS)
 GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 """Options of an optimizer that moves weights by their gradient."""
-
-
-def pairs_of(count: int, *, seed: int = 0) -> list[TokenizedPair]:
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        prompt, chosen, rejected = (rng.integers(1, 500, rng.integers(1, 9)).tolist() for _ in range(3))
-        found.append(TokenizedPair(prompt + chosen, prompt + rejected, len(prompt), len(prompt)))
-    return found
 
 
 def engine_of(module: nn.Module | None = None, **optim: Any) -> PlainEngine:
@@ -78,7 +69,7 @@ def run_step(
 
 def test_a_step_is_the_gradient_of_the_mean_over_its_pairs() -> None:
     """Each pair by itself, without batches or engine."""
-    pairs = pairs_of(4)
+    pairs = random_pairs(4)
     model = tiny_model().train()
     losses, nll, tokens = [], 0.0, 0
     for pair in pairs:
@@ -102,7 +93,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_pairs() -> None:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 8])
 def test_the_size_of_micro_batches_changes_nothing(micro_batch: int) -> None:
-    pairs = pairs_of(8)
+    pairs = random_pairs(8)
     weights, norm, record = run_step(inputs_of(pairs, micro_batch))
     other_weights, other_norm, other_record = run_step(inputs_of(pairs[::-1], 8))
     assert norm == pytest.approx(other_norm, rel=1e-5)
@@ -112,8 +103,8 @@ def test_the_size_of_micro_batches_changes_nothing(micro_batch: int) -> None:
 
 
 def test_filler_changes_nothing() -> None:
-    plain = inputs_of(pairs_of(3), 3)
-    filler = collate(pairs_of(1, seed=9), pad_id=PAD, weight=0.0)
+    plain = inputs_of(random_pairs(3), 3)
+    filler = collate(random_pairs(1, seed=9), pad_id=PAD, weight=0.0)
     filled = StepInput(0, plain.totals, [*plain.micro_batches, filler], [*plain.micro_ids, np.array([])])
     weights, norm, record = run_step(plain)
     other_weights, other_norm, other_record = run_step(filled)
@@ -123,7 +114,7 @@ def test_filler_changes_nothing() -> None:
 
 
 def test_training_lowers_the_loss() -> None:
-    engine, metrics, inputs = engine_of(), MetricSums(), inputs_of(pairs_of(4), 2)
+    engine, metrics, inputs = engine_of(), MetricSums(), inputs_of(random_pairs(4), 2)
     losses = []
     for _ in range(5):
         train_step(engine, inputs, OBJECTIVE, metrics)
@@ -152,7 +143,7 @@ def assert_unmoved(engine: PlainEngine, start: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_before_anything_moves(value: float) -> None:
-    pairs = pairs_of(6)
+    pairs = random_pairs(6)
     pairs[4] = TokenizedPair([1, 511, 2], [1, 511, 3], 2, 2)
     engine, metrics = engine_of(poisoned(511, value)), MetricSums()
     start = weights_of(engine)
@@ -174,7 +165,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     engine = engine_of()
     start = weights_of(engine)
     with pytest.raises(NonFiniteError) as caught:
-        train_step(engine, inputs_of(pairs_of(2), 1, step=2), root_of_zero, MetricSums())
+        train_step(engine, inputs_of(random_pairs(2), 1, step=2), root_of_zero, MetricSums())
     assert str(caught.value) == (
         "step 3: the gradient norm is nan, though every loss is finite; nothing was updated. " + REMEDY
     )
@@ -189,7 +180,7 @@ def batches_of(pairs: list[TokenizedPair], micro_batch: int) -> list[PairBatch]:
 
 
 def test_an_evaluation_is_the_mean_over_all_pairs() -> None:
-    pairs = pairs_of(5)
+    pairs = random_pairs(5)
     objective = make_objective(CPOLoss(beta=0.1, cpo_alpha=1.0))
     engine = engine_of()
     start = weights_of(engine)
@@ -215,7 +206,7 @@ def test_an_evaluation_is_the_mean_over_all_pairs() -> None:
 
 def test_dropout_is_off_while_evaluating() -> None:
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
-    engine, pairs = engine_of(model), pairs_of(3)
+    engine, pairs = engine_of(model), random_pairs(3)
     one, two = (evaluate(engine, batches_of(pairs, 2), OBJECTIVE, totals_of(pairs)) for _ in range(2))
     assert one == two
     assert all(module.training for module in model.modules())
