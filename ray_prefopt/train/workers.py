@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +21,8 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
 from ray_prefopt.train.loop import Job, Reports, evaluate_worker, train_worker
 
+TELL_AFTER_S = 5.0
+"""What has just finished on the cluster may take that long to give its CPUs back."""
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +114,8 @@ def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
     )
     failure: TrainingFailedError | None = None
     try:
-        trainer.fit()
+        with _interruptible():
+            trainer.fit()
     except TrainingFailedError as error:
         failure = error
     fatal = ray.get(log.fatal.remote())
@@ -117,6 +123,19 @@ def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
         raise fatal
     if failure is not None:
         raise TrainingError(_first_failure(failure)) from failure
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C as everywhere in Python: Ray Train's handler stops the workers, but then exits, and stays installed."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
@@ -146,8 +165,7 @@ def _wait_for_room(config: TrainConfig) -> None:
         **({"GPU": run.num_workers} if run.use_gpu else {}),
     }
     wanted = ", ".join(f"{number} {name}" for name, number in asked.items())
-    deadline = time.monotonic() + run.resource_timeout_s
-    is_told = False
+    begun, is_told = time.monotonic(), False
     while True:
         available, total = ray.available_resources(), ray.cluster_resources()
         if all(available.get(name, 0) >= number for name, number in asked.items()):
@@ -155,13 +173,14 @@ def _wait_for_room(config: TrainConfig) -> None:
         found = ", ".join(
             f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked
         )
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > run.resource_timeout_s:
             raise ResourceError(
                 f"{run.num_workers} workers need {wanted}; the cluster has {found} after waiting "
                 f"{run.resource_timeout_s:g} s. Lower run.num_workers or run.cpus_per_worker, add nodes, or raise "
                 "run.resource_timeout_s; `ray status` shows what holds them"
             )
-        if not is_told:
+        if waited > TELL_AFTER_S and not is_told:
             logger.warning("waiting up to %g s for %s; %s", run.resource_timeout_s, wanted, found)
             is_told = True
         time.sleep(0.5)

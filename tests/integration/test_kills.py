@@ -18,8 +18,8 @@ from ray_prefopt.train.run import TrainResult, train
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.test_train import assert_same_weights, records_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-PATIENCE_S = 200
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+PATIENCE_S = 400
 
 
 def step_of(folder: Path) -> int:
@@ -76,7 +76,7 @@ def test_the_whole_run_interrupted_then_killed(straight: TrainResult, toy: Toy, 
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130, errors
-    assert errors.rstrip().endswith(f"interrupted; resume with: ray-prefopt train -c {config}"), errors
+    assert errors.rstrip().endswith(f"interrupted; go on with: ray-prefopt train -c {config}"), errors
 
     second = start()
     wait_for(folder, 7)
