@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
+import ray_prefopt.train.export  # noqa: F401  for monkeypatch to find: the command imports it when it runs
 from ray_prefopt import __version__
 from ray_prefopt.cli import COMMANDS, main
 from ray_prefopt.config import TrainConfig
@@ -19,6 +20,7 @@ from ray_prefopt.errors import DataError, ResourceError, TrainingError
 from ray_prefopt.help import default_text, flag_form
 from ray_prefopt.options import options
 from ray_prefopt.settings import config_schema, dump_yaml, load_config
+from ray_prefopt.train.run import resolved
 
 FLAGS = Path(__file__).with_name("flags.txt")
 GIVEN = ["--model.path", "m", "--data.train", "a.jsonl"]
@@ -281,7 +283,7 @@ def test_train_hands_over_the_config_and_prints_the_result(
     result = {"name": "x", "metrics": {"loss": float("nan"), "step": 3}, "model": Path("runs/x")}
     monkeypatch.setattr("ray_prefopt.train.run.train", lambda config: given.append(config) or result)
     code, out, err = call("train", "-c", "run.yaml", "--run.name", "x")
-    assert given == [load_config([Path("run.yaml")], ["--run.name", "x"])]
+    assert given == [resolved(load_config([Path("run.yaml")], ["--run.name", "x"]))]
     assert code == 0
     assert yaml.safe_load(out) == {"name": "x", "metrics": {"loss": None, "step": 3}, "model": "runs/x"}
     assert err == "simpo on m: 1 x CPU, ZeRO 2, 128 pairs per step\n"
@@ -308,9 +310,7 @@ def test_tokenize_and_export_hand_over_what_was_given(call: Call, monkeypatch: p
 
 @pytest.mark.parametrize("command", ["train", "tokenize", "evaluate"])
 def test_a_dry_run_prints_the_plan_alone(call: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr(
-        "ray_prefopt.train.run.describe", lambda config: {"steps": config.run.seed}, raising=False
-    )
+    monkeypatch.setattr("ray_prefopt.train.run.describe", lambda config: {"steps": config.run.seed})
     for name in ("train", "prepare_data", "evaluate"):
         monkeypatch.setattr(f"ray_prefopt.train.run.{name}", raising(AssertionError(name)))
     code, out, _ = call(command, *GIVEN, "--data.eval", "e.jsonl", "--run.seed", "7", "--dry-run")
