@@ -260,6 +260,14 @@ def has_checkpoints(folder: str) -> bool:
     return bool(_folders(*url_to_fs(folder)))
 
 
+def find_checkpoint(path: str) -> Checkpoint | None:
+    """The checkpoint in this folder, or the newest one of the run in it; None when it is neither's."""
+    fs, folder = url_to_fs(path)
+    if fs.exists(f"{folder}/{MANIFEST}"):
+        return open_checkpoint(path)
+    return latest_checkpoint(f"{path.rstrip('/')}/checkpoints")
+
+
 def checkpoint_at(folder: str, step: int) -> str | None:
     """Path of the newest committed checkpoint of this step, if there is one."""
     fs, root = url_to_fs(folder)

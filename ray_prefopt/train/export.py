@@ -14,7 +14,7 @@ from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.train.checkpoint import MANIFEST, Checkpoint, latest_checkpoint, local_copy, open_checkpoint
+from ray_prefopt.train.checkpoint import find_checkpoint, local_copy
 
 
 def export(source: str, out: str, *, merge: bool = False) -> str:
@@ -23,7 +23,9 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
     With LoRA that is the adapter, or with `merge` the whole model. Raises CheckpointError for a source that holds no
     whole checkpoint, ConfigError for `merge` without LoRA or an `out` that holds something else.
     """
-    checkpoint = _find(source)
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        raise CheckpointError(f"{source}: neither a checkpoint nor the folder of a run that has one")
     fs, target = url_to_fs(out)
     holds_model = any(fs.exists(f"{target}/{name}") for name in ("config.json", "adapter_config.json"))
     if fs.exists(target) and fs.ls(target) and not holds_model:
@@ -48,16 +50,6 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
         else:
             fs.put(str(staged), target, recursive=True)
     return out
-
-
-def _find(source: str) -> Checkpoint:
-    fs, path = url_to_fs(source)
-    if fs.exists(f"{path}/{MANIFEST}"):
-        return open_checkpoint(source)
-    found = latest_checkpoint(f"{source.rstrip('/')}/checkpoints")
-    if found is None:
-        raise CheckpointError(f"{source}: neither a checkpoint nor the folder of a run that has one")
-    return found
 
 
 def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:

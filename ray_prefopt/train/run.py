@@ -26,6 +26,7 @@ from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.train.checkpoint import (
     LoopState,
     checkpoint_at,
+    find_checkpoint,
     has_checkpoints,
     latest_checkpoint,
     write_text,
@@ -111,11 +112,12 @@ def prepare_data(config: TrainConfig) -> list[dict[str, Any]]:
 def evaluate(config: TrainConfig) -> EvalResult:
     """Reward accuracy, margins and log-probabilities of a model on data.eval.
 
-    The model is model.path, or the checkpoint that run.resume_from names.
+    The model is model.path: a Hugging Face folder or id, a checkpoint, or the folder of a run for its newest one.
     """
     if not config.data.eval_sets:
         raise ConfigError("nothing to evaluate on: got no data.eval; set it to held-out pairs")
-    config = resolved(config)
+    model = str(config.model.path)
+    config = _of_checkpoint(resolved(config))
     _check(config)
     start_ray()
     folder = f"{config.run.storage_path}/evaluations/{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -125,7 +127,20 @@ def evaluate(config: TrainConfig) -> EvalResult:
     metrics = ray.get(log.records.remote())[-1]
     del metrics["step"]
     pairs = {name: open_blocks(path).num_pairs for name, path in job.eval_blocks.items()}
-    return EvalResult(config.run.resume_from or str(config.model.path), pairs, metrics)
+    return EvalResult(model, pairs, metrics)
+
+
+def _of_checkpoint(config: TrainConfig) -> TrainConfig:
+    """When model.path is a checkpoint or a run: with its own model and engine, and its loss if none was given."""
+    checkpoint = find_checkpoint(config.model.path) if config.model.path else None
+    if checkpoint is None:
+        return config
+    fs, folder = url_to_fs(checkpoint.path)
+    saved = TrainConfig.model_validate_json(fs.cat_file(f"{folder}/config.json"))
+    parts = {"model": saved.model, "engine": saved.engine}
+    parts |= {} if "loss" in config.model_fields_set else {"loss": saved.loss}
+    run = config.run.model_copy(update={"resume_from": checkpoint.path})
+    return config.model_copy(update={**parts, "run": run})
 
 
 def describe(config: TrainConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ray_prefopt.config import TrainConfig
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.train.run import TrainResult, describe, evaluate, prepare_data, train
 from tests.integration.conftest import STEPS, Toy
@@ -41,9 +42,7 @@ def assert_same_weights(model: str | None, other: str | None) -> None:
 def test_what_a_run_leaves_behind(straight: TrainResult, toy: Toy) -> None:
     assert (straight.name, straight.steps) == ("straight", STEPS)
     assert dataclasses.asdict(straight) == json.loads(Path(straight.folder, "result.json").read_text())
-    assert toy.config() == type(toy.config()).model_validate_json(
-        Path(straight.folder, "config.json").read_text()
-    )
+    assert toy.config() == TrainConfig.model_validate_json(Path(straight.folder, "config.json").read_text())
     steps = [record for record in records_of(straight.folder) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["epoch"] == 1.0
@@ -104,14 +103,18 @@ def test_a_finished_run_is_not_run_again(straight: TrainResult, toy: Toy) -> Non
 
 
 def test_evaluation_of_checkpoint_and_model_agree(straight: TrainResult, toy: Toy) -> None:
+    """A checkpoint brings its model, engine and loss along; the exported model is asked for the same loss."""
     expected = {name: value for name, value in straight.metrics.items() if name.startswith("eval_")}
-    of_checkpoint = evaluate(toy.config(name=None, resume_from=straight.checkpoint))
-    assert of_checkpoint.metrics == pytest.approx(expected, rel=1e-6)
-    assert of_checkpoint.pairs == {"": 9}
     values = toy.values(name=None)
-    values["model"]["path"] = straight.model
-    of_model = evaluate(type(toy.config()).model_validate(values))
-    assert of_model.metrics == pytest.approx(expected, rel=1e-6)
+    for path, sections in ((straight.checkpoint, {"model": {}, "loss": None}), (straight.model, {})):
+        given = {**values, **sections}
+        given["model"] = {**given["model"], "path": path}
+        config = TrainConfig.model_validate(
+            {name: value for name, value in given.items() if value is not None}
+        )
+        found = evaluate(config)
+        assert found.metrics == pytest.approx(expected, rel=1e-6)
+        assert (found.model, found.pairs) == (path, {"": 9})
 
 
 def test_the_command_line_does_the_same(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.engine.ds_config import build_ds_config
+from ray_prefopt.engine.zero import sharded_construction
+from ray_prefopt.model.load import load_model
+from tests.gang import run_gang
 from tests.invariant.training import Curve, Inputs, curves
+from tests.tiny import tiny_config
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -29,6 +35,8 @@ HALF = {
     "plain": {},
     **{f"zero {stage}": {"engine": f"zero{stage}"} for stage in range(4)},
 }
+FP16 = ("plain", "zero 0")
+"""Without a GPU, DeepSpeed refuses the other stages."""
 FEW = ("plain", "zero 1", "zero 2", "zero 3")
 
 
@@ -40,6 +48,7 @@ def _configs(inputs: Inputs, world_size: int) -> dict[str, Any]:
             config = inputs.config(engine)
             configs[name] = config.model_copy(update={"engine": config.engine.model_copy(update=offload)})
         configs |= {f"lora, {name}": inputs.config(**case, lora=True) for name, case in LORA.items()}
+        configs |= {f"fp16, {name}": inputs.config(**HALF[name], dtype="float16") for name in FP16}
         configs |= {f"bf16, {name}": inputs.config(**case, dtype="bfloat16") for name, case in HALF.items()}
     return configs
 
@@ -86,7 +95,7 @@ def compare(record: dict[str, float], expected: dict[str, float], *, rel: float)
 
 def test_whole_precision(by_name: dict[str, Curve], reference: Curve) -> None:
     for name, curve in by_name.items():
-        if not name.startswith(("lora", "bf16")):
+        if not name.startswith(("lora", "bf16", "fp16")):
             assert_equal(curve, reference)
 
 
@@ -110,10 +119,34 @@ def test_adapters(by_name: dict[str, Curve]) -> None:
 
 
 def test_half_precision(by_name: dict[str, Curve], reference: Curve) -> None:
-    """bf16 rounds to 3 digits; stage 0 and plain round at the same places, stages 1 to 3 at others."""
-    if "bf16, plain" not in by_name:
-        pytest.skip("two ranks are enough for bf16")
-    for name in HALF:
-        for step, expected in zip(by_name[f"bf16, {name}"].steps, reference.steps, strict=True):
+    """bf16 rounds to 3 digits, fp16 to 4; the gradient norm is that of the loss, not of the scaled loss."""
+    halves = {name: curve for name, curve in by_name.items() if name.startswith(("bf16", "fp16"))}
+    if not halves:
+        pytest.skip("two ranks are enough for half precision")
+    assert len(halves) == len(HALF) + len(FP16)
+    for curve in halves.values():
+        for step, expected in zip(curve.steps, reference.steps, strict=True):
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-2)
             assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
+
+
+def _shares(config: TrainConfig) -> tuple[int, int, int]:
+    """Weights that this rank holds when the model was built, those of its share, and those of the whole model."""
+    ds_config = build_ds_config(config.engine, dtype="float32", max_grad_norm=1.0, use_gpu=False)
+    sharded = sharded_construction(ds_config)
+    weights: list[Any] = list(load_model(config.model, dtype=torch.float32, seed=0).parameters())
+    del sharded
+    return (
+        sum(weight.numel() for weight in weights),
+        sum(weight.ds_tensor.numel() for weight in weights),
+        sum(weight.ds_numel for weight in weights),
+    )
+
+
+@pytest.mark.parametrize("is_saved", [True, False], ids=["from a folder", "new"])
+def test_stage_3_never_builds_the_whole_model(inputs: Inputs, is_saved: bool) -> None:
+    model = {} if is_saved else {"path": None, "from_config": tiny_config(), "tokenizer": inputs.model}
+    for held, share, whole in run_gang(2, _shares, inputs.config("zero3", model=model)):
+        assert held == 0
+        assert whole == 51_488
+        assert whole / 2 <= share <= whole / 2 + 32  # each weight is padded to a multiple of the ranks
