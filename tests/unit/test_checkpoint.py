@@ -289,6 +289,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: os.truncate(folder / "engine/rank-0.bin", 199),
         r"/engine/rank-0\.bin: 199 bytes, its manifest says 200; the checkpoint is not whole",
     ),
+    "appended": (
+        lambda folder: (folder / "weights-0.bin").write_bytes(b"weights!"),
+        r"/weights-0\.bin: 8 bytes, its manifest says 7; the checkpoint is not whole",
+    ),
     "altered": (
         lambda folder: (folder / "weights-0.bin").write_bytes(b"weighty"),
         r"/weights-0\.bin: its content is not what was saved \(hash differs\)",
