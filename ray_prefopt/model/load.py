@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ray_prefopt.config import LoraConfig, ModelConfig
 from ray_prefopt.errors import ModelError, suggest
+from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
@@ -55,24 +56,14 @@ def _built(config: ModelConfig) -> PretrainedConfig:
 
 def _read(config: ModelConfig) -> PretrainedConfig:
     path = str(config.path)
+    if missing := why_missing(path, config.revision, "config.json"):
+        raise ModelError(f"model {path}: {missing}")
     try:
         return AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
         raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
-
-
-def why_not_loaded(path: str, error: Exception) -> str:
-    """What a user can do about a model or tokenizer that transformers could not load, in a line."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).is_dir():
-        return "no such folder, and not a hub id (org/name)"
-    if "trust_remote_code" in str(error):
-        return "it comes with its own code; read that code, then set model.trust_remote_code: true"
-    if not Path(path).is_dir() and ("gated" in str(error).lower() or "401" in str(error)):
-        return "it is gated or private: ask for access on its hub page, then set HF_TOKEN"
-    return first_line(error)
 
 
 def check_tokenizer(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -174,8 +165,3 @@ def save_model(model: Any, folder: Path) -> None:
     finally:
         if was_shown:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """Errors of transformers are a paragraph; the first line says what is wrong."""
-    return str(error).strip().split("\n", 1)[0][:400]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import DataError, ModelError
+from ray_prefopt.model.hub import why_missing, why_not_loaded
 
 
 def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -16,18 +16,16 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
     """
     path = str(model.tokenizer_path)
     revision = model.revision if path == model.path else None
+    if missing := why_missing(path, revision, "tokenizer_config.json"):
+        raise ModelError(f"the tokenizer of {path}: {missing}")
     try:
-        _find(path, revision)
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=model.trust_remote_code
         )
-    except (
-        Exception
-    ) as error:  # whatever transformers, tokenizers and huggingface_hub raise, and the repository's code
-        reason = (str(error).strip() or "no message").splitlines()[0]
+    except Exception as error:  # whatever transformers and tokenizers raise, and the repository's code
         raise ModelError(
-            f"the tokenizer of {path} cannot be loaded ({type(error).__name__}: {reason}): check model.path or "
-            "model.tokenizer, log in if the model is gated, and read model.trust_remote_code if it brings code"
+            f"the tokenizer of {path} cannot be loaded ({type(error).__name__}: {why_not_loaded(path, error)}): "
+            "check its files, or set model.tokenizer to another folder or hub id"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -46,18 +44,6 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreT
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
     return tokenizer
-
-
-def _find(path: str, revision: str | None) -> None:
-    """Ask the Hub once whether it has the model: loading would ask for a minute when it cannot be reached."""
-    if Path(path).exists():
-        return
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise FileNotFoundError("no such folder")
-    if not constants.HF_HUB_OFFLINE and not isinstance(
-        try_to_load_from_cache(path, "tokenizer_config.json", revision=revision), str
-    ):
-        HfApi().model_info(path, revision=revision, timeout=10)
 
 
 def _template_text(value: str) -> str:

@@ -23,7 +23,6 @@ from ray_prefopt.model.load import (
     load_model,
     merged,
     save_model,
-    why_not_loaded,
 )
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
@@ -268,11 +267,10 @@ def test_a_folder_that_is_no_model_is_refused(saved: Path, tmp_path: Path, case:
         built(path=str(folder))
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./here", "~/there", "name", "a/b/c"])
-def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(path: str) -> None:
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
-        load_architecture(ModelConfig(path=path))
-    assert str(caught.value) == f"model {path}: no such folder, and not a hub id (org/name)"
+        load_architecture(ModelConfig(path="./here"))
+    assert str(caught.value) == "model ./here: no such folder, and not a hub id (org/name)"
 
 
 def test_a_hub_that_cannot_be_reached_is_named() -> None:
@@ -282,40 +280,14 @@ def test_a_hub_that_cannot_be_reached_is_named() -> None:
         load_architecture(ModelConfig(path="org/name"))
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (
-            OSError("You are trying to access a gated repo.\nMake sure to have access to it."),
-            "it is gated or private: ask for access on its hub page, then set HF_TOKEN",
-        ),
-        (
-            OSError("401 Client Error: Unauthorized for url"),
-            "it is gated or private: ask for access on its hub page, then set HF_TOKEN",
-        ),
-        (
-            ValueError("The repository contains custom code.\nPlease pass `trust_remote_code=True`."),
-            "it comes with its own code; read that code, then set model.trust_remote_code: true",
-        ),
-        (OSError("\n  org/name does not appear to have a file named config.json.\nCheck it."),
-         "org/name does not appear to have a file named config.json."),
-        (OSError("x" * 1000), "x" * 400),
-    ],
-)  # fmt: skip
-def test_what_the_hub_says_becomes_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
-) -> None:
+def test_what_transformers_says_is_put_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise error
+        raise OSError("\n  org/name does not appear to have a file named config.json.\nCheck it.")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     with pytest.raises(ModelError) as caught:
         load_architecture(ModelConfig(path="org/name"))
-    assert str(caught.value) == f"model org/name: {reason}"
-
-
-def test_numbers_in_a_folders_error_are_no_status(tmp_path: Path) -> None:
-    assert why_not_loaded(str(tmp_path), ValueError("size 401 is not 402")) == "size 401 is not 402"
+    assert str(caught.value) == "model org/name: org/name does not appear to have a file named config.json."
 
 
 ARCHITECTURES: dict[str, tuple[dict[str, Any], str]] = {
