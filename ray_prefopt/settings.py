@@ -75,19 +75,6 @@ def dump_yaml(config: TrainConfig) -> str:
     )
 
 
-def flatten(config: TrainConfig) -> dict[str, Any]:
-    """The values by dotted name, as JSON has them; mappings are opened, lists are not."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for key, item in value.items():
-                yield from walk(item, f"{name}.{key}" if name else key)
-        else:
-            yield name, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
-
-
 def config_schema() -> dict[str, Any]:
     """JSON Schema of a config file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainConfig.model_json_schema()}
@@ -239,9 +226,10 @@ def _read_flags(arguments: Sequence[str]) -> _Flags:
         for other, (spelled, held) in given.items():
             if _leaves_no_room(other, held, keys) or _leaves_no_room(keys, value, other):
                 raise ConfigError(f"{spelled} and {flag} contradict each other; leave one out")
+        before = given[keys][1] if keys in given else None
         grows = option and option.is_list and not (option.is_mapping and isinstance(value, Mapping))
-        if grows and given.get(keys, (flag, None))[1] is not None:
-            value = [*_as_list(given[keys][1]), *_as_list(value)]
+        if grows and before is not None:
+            value = [*_as_list(before), *_as_list(value)]
         given[keys] = flag, value
         values = _merge(values, _nest(keys, value))
     return _Flags(values)

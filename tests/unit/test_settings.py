@@ -14,7 +14,6 @@ from ray_prefopt.options import nearest_fields, options, sections
 from ray_prefopt.settings import (
     config_schema,
     dump_yaml,
-    flatten,
     load_config,
     override,
     parse_scalar,
@@ -227,14 +226,6 @@ def test_any_text_survives_the_dump(tmp_path_factory: pytest.TempPathFactory, te
     path = tmp_path_factory.mktemp("dump") / "run.yaml"
     path.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config([path], []).data.chat_template == text
-
-
-def test_flatten_opens_mappings() -> None:
-    flat = flatten(flags("--engine.deepspeed", "{a: {b: 1}}", "--data.train", "b"))
-    assert flat["engine.deepspeed.a.b"] == 1
-    assert flat["data.train"] == ["a.jsonl", "b"]
-    assert flat["data.columns"] == {}
-    assert flat["loss.kind"] == "simpo"
 
 
 def test_schema_names_every_section() -> None:
