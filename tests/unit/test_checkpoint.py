@@ -20,6 +20,7 @@ from ray_prefopt.train.checkpoint import (
     LoopState,
     better,
     checkpoint_at,
+    has_checkpoints,
     latest_checkpoint,
     local_copy,
     made_once,
@@ -363,6 +364,7 @@ def test_falling_back_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_when_all_are_torn_the_run_does_not_begin_anew(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         Path(save(tmp_path, step).path, "config.json").unlink()
+    assert has_checkpoints(str(tmp_path))
     with pytest.raises(
         CheckpointError,
         match=rf"^none of the 3 checkpoints in {re.escape(str(tmp_path))} is whole; last: "
@@ -385,6 +387,7 @@ def test_a_run_without_checkpoints_begins_at_step_0(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert latest_checkpoint(str(tmp_path)) is None
     assert latest_checkpoint(str(tmp_path / "nowhere")) is None
+    assert not has_checkpoints(str(tmp_path))
 
 
 def test_a_checkpoint_is_found_by_its_step(tmp_path: Path) -> None:
