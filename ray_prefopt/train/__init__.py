@@ -1,22 +1,18 @@
-"""Training on Ray. The package itself can be called: `ray_prefopt.train(config)` is `ray_prefopt.train.run.train`."""
+"""Training on Ray.
+
+The package has the name of its main function and can be called like it: `from ray_prefopt import train` gives the one
+or the other, depending on what was imported before.
+"""
 
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-from ray_prefopt.config import TrainConfig
-
-if TYPE_CHECKING:
-    from ray_prefopt.train.run import TrainResult
+from typing import Any
 
 
-class _Callable(ModuleType):
-    """Once a module of it is imported, `ray_prefopt.train` is this package, whatever `ray_prefopt` says of `train`."""
-
-    def __call__(self, config: TrainConfig) -> "TrainResult":
-        result: TrainResult = import_module(f"{__name__}.run").train(config)
-        return result
+class _Package(ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return import_module("ray_prefopt.train.run").train(*args, **options)
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = _Package
