@@ -59,7 +59,8 @@ class PlainEngine:
             raise NonFiniteError(f"the gradient norm is {norm}")
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._schedule.step()
+        if math.isfinite(norm):  # else the scaler has left the step out
+            self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 

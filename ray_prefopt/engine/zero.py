@@ -149,15 +149,18 @@ class ZeroEngine:
             raise self._writer.failure
 
     def load(self, folder: Path) -> None:
+        if not (folder / TAG).is_dir():
+            raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
         own_options = [dict(group) for group in self._optimizer.param_groups]
         try:
             path, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
             )
         except Exception as error:
-            raise CheckpointError(f"{folder}: DeepSpeed cannot load it: {error}") from error
-        if path is None:  # DeepSpeed only warns, and would train from step 0
-            raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
+            raise CheckpointError(
+                f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {error})"
+            ) from error
+        assert path is not None  # DeepSpeed only warns when there is nothing, and would train from step 0
         if self._engine.load_universal_checkpoint():
             self._mend_universal(own_options)
 

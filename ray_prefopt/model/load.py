@@ -1,5 +1,6 @@
 """Build the model that is trained: from a folder, a hub id, or an architecture; with adapters when asked for."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def _built(config: ModelConfig) -> PretrainedConfig:
             f"model.from_config: model_type {model_type!r} is not one of transformers'."
             f"{suggest(str(model_type), CONFIG_MAPPING)}"
         )
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind().to_dict(), *kind.attribute_map}
+    for key in (
+        options.keys() - known
+    ):  # transformers keeps whatever it is given; some unlisted keys have a meaning
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise ModelError(
+                f"model.from_config: {key!r} is not a setting of {model_type}. Did you mean {near[0]}?"
+            )
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:
@@ -100,8 +110,6 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Modu
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
         model = attach_lora(model, config.lora, seed=seed)
     return model.train()
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import fsspec
@@ -169,24 +169,32 @@ def write_text(fs: fsspec.AbstractFileSystem, path: str, text: str) -> None:
 
 
 def _retain(fs: fsspec.AbstractFileSystem, root: str, retained: int, state: LoopState) -> None:
-    """Delete all but the newest and the best checkpoints: the manifest first, so that none is ever half there."""
-    folders = _folders(fs, root)
-    keep = {step for step, _ in folders[-retained:]} | {state.step, state.best_step}
-    for step, folder in folders:
+    """Delete what killed ranks left unfinished, and all but the newest and the best checkpoints.
+
+    Manifests go first, so that no checkpoint is ever half there.
+    """
+    committed = _folders(fs, root)
+    keep = {step for step, _ in committed[-retained:]} | {state.step, state.best_step}
+    for step, folder in committed:
         if step not in keep:
             fs.rm_file(f"{folder}/{MANIFEST}")
             fs.rm(folder, recursive=True)
+    for _, folder in set(_named_folders(fs, root)) - set(committed):
+        fs.rm(folder, recursive=True)
+
+
+def _named_folders(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[int, str]]:
+    """Folders of checkpoints as (step, folder), oldest first, committed or not."""
+    if not fs.exists(root):
+        return []
+    paths = [path.rstrip("/") for path in fs.ls(root, detail=False)]
+    named = [(FOLDER.fullmatch(path.rsplit("/", 1)[-1]), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[tuple[int, str]]:
     """Committed checkpoints as (step, folder), oldest first."""
-    if not fs.exists(root):
-        return []
-    named = (
-        (FOLDER.fullmatch(path.rstrip("/").rsplit("/", 1)[-1]), path) for path in fs.ls(root, detail=False)
-    )
-    found = [(int(match[1]), path.rstrip("/")) for match, path in named if match]
-    return sorted(entry for entry in found if fs.exists(f"{entry[1]}/{MANIFEST}"))
+    return [entry for entry in _named_folders(fs, root) if fs.exists(f"{entry[1]}/{MANIFEST}")]
 
 
 def open_checkpoint(path: str, *, verify: Literal["sizes", "hashes"] = "hashes") -> Checkpoint:
@@ -197,8 +205,10 @@ def open_checkpoint(path: str, *, verify: Literal["sizes", "hashes"] = "hashes")
         stated = body.pop("hash")
         if stated != _self_hash(body):
             raise ValueError("its own hash does not match")
+        if body["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {body['format_version']}; this version reads {FORMAT_VERSION}")
         state = LoopState(**body["state"])
-        files = tuple((name, size, digest) for name, size, digest in body["files"])
+        files = tuple((_inside(name), size, digest) for name, size, digest in body["files"])
         checkpoint = Checkpoint(path, state, body["world_size"], files)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no checkpoint here ({MANIFEST} is missing)") from error
@@ -209,6 +219,12 @@ def open_checkpoint(path: str, *, verify: Literal["sizes", "hashes"] = "hashes")
     for name, size, digest in files:
         _verify(fs, f"{folder}/{name}", size, digest, verify)
     return checkpoint
+
+
+def _inside(name: str) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} leads out of the folder")
+    return name
 
 
 def _verify(fs: fsspec.AbstractFileSystem, path: str, size: int, digest: str, verify: str) -> None:

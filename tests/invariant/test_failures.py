@@ -2,6 +2,9 @@
 
 import re
 import resource
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.engine.build import build_engine
+from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 from ray_prefopt.train import ranks
 from ray_prefopt.train.checkpoint import latest_checkpoint
@@ -108,3 +114,34 @@ def test_a_full_disk_may_be_waited_out(inputs: Inputs, tmp_path: Path) -> None:
         assert len(warnings) == 1
         assert warnings[0].startswith("step 2: the checkpoint could not be written to ")
         assert error.startswith("CheckpointError: step 4: the checkpoint could not be written to ")
+
+
+def _load_errors(config: TrainConfig, folder: Path) -> list[str]:
+    """What the ZeRO engine says of checkpoints that no manifest vouches for."""
+    engine = build_engine(config, total_steps=4, device=torch.device("cpu"))
+    engine.save(folder / "good")
+    empty, torn = folder / "empty", folder / "torn"
+    if ranks.rank() == 0:
+        empty.mkdir()
+        shutil.copytree(folder / "good", torn)
+        for file in torn.rglob("*_states.pt"):
+            file.write_bytes(file.read_bytes()[:100])
+    ranks.all_gather(None)
+    return [_text_of(partial(engine.load, empty)), _text_of(partial(engine.load, torn))]
+
+
+def _text_of(action: Callable[[], Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_engine_folders_that_cannot_be_loaded(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    ((empty, torn),) = run_gang(1, _load_errors, inputs.config("zero2"), tmp_path)
+    assert empty == f"{tmp_path}/empty: holds no DeepSpeed checkpoint named 'engine'"
+    assert torn.startswith(f"{tmp_path}/torn: DeepSpeed cannot load it (")
+    converting = _text_of(partial(to_universal, tmp_path / "torn", tmp_path / "out"))
+    assert converting.startswith(
+        f"{tmp_path}/torn: DeepSpeed cannot convert it for another number of workers: "
+    )

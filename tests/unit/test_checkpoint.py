@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import xxhash
 
 from ray_prefopt.errors import CheckpointError
 from ray_prefopt.train import checkpoint as checkpoint_module
@@ -487,3 +488,43 @@ def test_what_cannot_be_made_fails_on_all_ranks() -> None:
     assert [type(error) for error in errors] == [CheckpointError] * 2
     (folder,) = {str(error).removeprefix("cannot convert into ") for error in errors}
     assert not Path(folder).exists()
+
+
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = _committed(tmp_path)
+    _rewrite(folder, files=[["../../secret", 3, "0"]])
+    with pytest.raises(CheckpointError, match=r"damaged \('\.\./\.\./secret' leads out of the folder\)"):
+        open_checkpoint(str(folder))
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = _committed(tmp_path)
+    _rewrite(folder, format_version=2)
+    with pytest.raises(CheckpointError, match=r"damaged \(format 2; this version reads 1\)"):
+        open_checkpoint(str(folder))
+
+
+def _committed(tmp_path: Path) -> Path:
+    saved = save_checkpoint(
+        lambda _: None, LoopState(1), str(tmp_path), extra={"config.json": "{}"}, retained=1
+    )
+    return Path(saved.path)
+
+
+def _rewrite(folder: Path, **changes: Any) -> None:
+    """Change the manifest, and its hash with it."""
+    body = json.loads((folder / "MANIFEST.json").read_text()) | changes
+    del body["hash"]
+    text = json.dumps(body, sort_keys=True).encode()
+    body["hash"] = xxhash.xxh3_128_hexdigest(text)
+    (folder / "MANIFEST.json").write_text(json.dumps(body))
+
+
+def test_what_killed_ranks_left_is_deleted_by_the_next_save(tmp_path: Path) -> None:
+    left = tmp_path / "step-00000003-0123abcd"
+    left.mkdir()
+    (left / "shard").write_text("half")
+    other = tmp_path / "mine"
+    other.mkdir()
+    kept = _committed(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([other, kept])

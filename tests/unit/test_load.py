@@ -347,3 +347,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
         f"the tokenizer has {size} tokens, the model embeds {size - 1}: use the tokenizer that belongs to the model "
         "(model.tokenizer), or resize the model's embeddings first"
     )
+
+
+def test_a_mistyped_setting_of_an_architecture_is_named() -> None:
+    with pytest.raises(ModelError) as caught:
+        load_architecture(ModelConfig(from_config=tiny_config() | {"hidden_sise": 64}, tokenizer="unread"))
+    assert str(caught.value) == (
+        "model.from_config: 'hidden_sise' is not a setting of qwen2. Did you mean hidden_size?"
+    )
+
+
+def test_settings_that_are_read_though_not_listed_are_let_through() -> None:
+    """head_dim is none of Qwen2Config's, and the model reads it."""
+    assert (
+        load_architecture(ModelConfig(from_config=tiny_config(head_dim=8), tokenizer="unread")).head_dim == 8
+    )
