@@ -1,0 +1,121 @@
+"""Every example runs: as it is where that needs no network, else with a small model and rows of its own form."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.demo import make_tokenizer, run_demo
+from ray_prefopt.settings import load_config
+from ray_prefopt.train.export import export
+from ray_prefopt.train.run import train
+from tests.tiny import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples name their files as seen from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def example(name: str, storage: Path, *flags: str) -> TrainConfig:
+    return load_config([EXAMPLES / name], [f"--run.storage_path={storage}", *flags])
+
+
+def on_cpu(storage: Path) -> list[str]:
+    """Flags that make a run on GPUs a few steps of a small model on this machine."""
+    return [
+        f"--model.path={save_tiny_model(storage / 'model', max_position_embeddings=1024)}",
+        "--model.dtype=float32",
+        "--run.use_gpu=false",
+        "--run.num_workers=1",
+        "--run.cpus_per_worker=1",
+        "--run.global_batch=4",
+        "--run.max_steps=2",
+    ]
+
+
+def test_the_tokenizer_of_the_examples_is_one_of_bytes() -> None:
+    kept, made = AutoTokenizer.from_pretrained(EXAMPLES / "tokenizer"), make_tokenizer([])
+    assert len(kept) == 256 + 3
+    assert kept.get_vocab() == made.get_vocab()
+    assert kept.chat_template == made.chat_template
+    assert len(kept("Größe")["input_ids"]) == 7  # ö and ß are two bytes each
+
+
+@pytest.mark.ray
+def test_quickstart(tmp_path: Path, ray_local: None) -> None:
+    config = example("quickstart.yaml", tmp_path)
+    result = train(config)
+    # 40 pairs and twice 8 conversations are seven steps of eight, three times
+    assert result.steps == 21
+    assert result.metrics["epoch"] == 3.0
+    records = [json.loads(line) for line in Path(result.folder, "metrics.jsonl").read_text().splitlines()]
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert len(losses) == 3
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.ray
+def test_simpo_on_ultrafeedback(tmp_path: Path, ray_local: None) -> None:
+    row = {
+        "prompt": "Is ice cold?",
+        "chosen": [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "It is."}],
+        "rejected": [{"role": "user", "content": "Is ice cold?"}, {"role": "assistant", "content": "Ice?"}],
+        "score_chosen": 8.0,
+    }
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((json.dumps(row) + "\n") * 8)
+    flags = [*on_cpu(tmp_path), f"--data.train={pairs}", f"--data.eval={pairs}"]
+    result = train(example("ultrafeedback_simpo.yaml", tmp_path, *flags))
+    assert result.steps == 2
+    # assistant_header: official, so the header is part of what is scored
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    answer = tokenizer("<|im_start|>assistant\nIt is.<|im_end|>\n")["input_ids"]
+    assert result.metrics["completions/chosen_length"] == len(answer)
+
+
+@pytest.mark.ray
+def test_cpo_for_translation(tmp_path: Path, ray_local: None) -> None:
+    result = train(example("translation_cpo.yaml", tmp_path, *on_cpu(tmp_path)))
+    assert result.model is not None
+    assert result.steps == 2
+    assert Path(result.model, "adapter_config.json").exists()
+    merged = export(result.folder, str(tmp_path / "merged"), merge=True)
+    assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() > 0
+    assert not Path(merged, "adapter_config.json").exists()
+
+
+@pytest.mark.ray
+def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "train_from_python.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = module.main(str(tmp_path), max_steps=2)
+    assert result.steps == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed[:2]] == [
+        "eval_facts_rewards/accuracies",
+        "eval_chat_rewards/accuracies",
+    ]
+    assert "What do bees make? " in printed[2]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_demo_learns_the_order_of_things(tmp_path: Path, ray_local: None) -> None:
+    result = run_demo(tmp_path / "demo")
+    assert 0.4 < result.accuracy_before < 0.6
+    assert result.accuracy_after >= 0.9
+    assert result.answers_right >= 0.6
+    assert Path(result.picture).stat().st_size > 10_000
+    assert load_config([Path(result.config)]).loss.kind == "cpo_simpo"
+    assert AutoModelForCausalLM.from_pretrained(result.model).config.model_type == "qwen2"
