@@ -201,13 +201,27 @@ def test_without_a_manifest_there_are_no_blocks(folder: str) -> None:
         open_blocks(folder)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"sha256": "0", "format": 1}'])
-def test_a_torn_manifest_is_refused(folder: str, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
+        (b'{"format": 1', "JSONDecodeError: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+        (b"3", "AttributeError: 'int' object has no attribute 'pop'"),
+        (b"{}", "KeyError: 'sha256'"),
+        (
+            b"\xff",
+            "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+        ),
+        (b'{"sha256": "0", "format": 1}', "it does not match its own checksum"),
+    ],
+)
+def test_a_torn_manifest_is_refused(folder: str, data: bytes, what: str) -> None:
     Path(folder, "manifest.json").write_bytes(data)
-    with pytest.raises(
-        DataError, match=r"manifest\.json is damaged: .*; remove .* and prepare the data again"
-    ):
+    with pytest.raises(DataError) as error:
         open_blocks(folder)
+    assert str(error.value) == (
+        f"{folder}/manifest.json is damaged: {what}; remove {folder} and prepare the data again"
+    )
 
 
 def test_a_changed_manifest_is_refused(folder: str) -> None:
