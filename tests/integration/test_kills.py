@@ -30,9 +30,12 @@ def step_of(folder: Path) -> int:
         return 0
 
 
-def wait_for(folder: Path, step: int) -> None:
+def wait_for(folder: Path, step: int, process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until a run has come to a step, while its process lives."""
     deadline = time.monotonic() + PATIENCE_S
     while step_of(folder) < step:
+        if process is not None and process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
         assert time.monotonic() < deadline, f"{folder} did not come to step {step}"
         time.sleep(0.01)
 
@@ -61,25 +64,30 @@ def test_a_killed_worker(straight: TrainResult, toy: Toy) -> None:
 def test_the_whole_run_interrupted_then_killed(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:
     """Each time by itself, with a Ray of its own: Ctrl-C, then SIGKILL to all of its processes, then to the end."""
     config = tmp_path / "config.yaml"
-    config.write_text(dump_yaml(toy.config(name="alone")))
+    config.write_text(dump_yaml(toy.config(name="alone", save_steps=1)))
     command = [sys.executable, "-m", "ray_prefopt", "train", "-c", str(config)]
     folder = toy.folder / "runs" / "alone"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # Ray Train looks after its workers every two seconds, as outside of tests, so that each save takes as long.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+    }
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     first = start()
-    wait_for(folder, 4)
+    wait_for(folder, 4, first)
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130, errors
     assert errors.rstrip().endswith(f"interrupted; go on with: ray-prefopt train -c {config}"), errors
 
     second = start()
-    wait_for(folder, 7)
+    wait_for(folder, 7, second)
     family = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
     for member in family:
         with suppress(psutil.NoSuchProcess):
