@@ -11,8 +11,8 @@ from ray_prefopt.errors import PrefoptError
 from ray_prefopt.settings import load_config
 
 if TYPE_CHECKING:
-    from ray_prefopt.train.export import export
-    from ray_prefopt.train.run import EvalResult, TrainResult, evaluate, prepare_data, train
+    from ray_prefopt.training.export import export
+    from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, prepare_data, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,5 +33,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(
-        import_module("ray_prefopt.train.export" if name == "export" else "ray_prefopt.train.run"), name
+        import_module("ray_prefopt.training.export" if name == "export" else "ray_prefopt.training.run"), name
     )

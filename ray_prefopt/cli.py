@@ -37,7 +37,7 @@ def _train(args: argparse.Namespace) -> Any:
     _note(_outline(config))
     if args.dry_run:
         return _plan(config)
-    from ray_prefopt.train.run import resolved, train
+    from ray_prefopt.training.run import resolved, train
 
     named = resolved(config)
     try:
@@ -52,7 +52,7 @@ def _tokenize(args: argparse.Namespace) -> Any:
     config = load_config(args.config, args.flags)
     if args.dry_run:
         return _plan(config)
-    from ray_prefopt.train.run import prepare_data
+    from ray_prefopt.training.run import prepare_data
 
     return prepare_data(config)
 
@@ -64,13 +64,13 @@ def _evaluate(args: argparse.Namespace) -> Any:
         raise ConfigError("nothing to evaluate on: got no data.eval; add --data.eval PAIRS")
     if args.dry_run:
         return _plan(config)
-    from ray_prefopt.train.run import evaluate
+    from ray_prefopt.training.run import evaluate
 
     return evaluate(config)
 
 
 def _export(args: argparse.Namespace) -> Any:
-    from ray_prefopt.train.export import export
+    from ray_prefopt.training.export import export
 
     export(args.source, args.out, merge=args.merge)
     return {"exported": str(args.out)}
@@ -91,7 +91,7 @@ def _demo(args: argparse.Namespace) -> Any:
 
 
 def _plan(config: TrainConfig) -> Any:
-    from ray_prefopt.train.run import describe
+    from ray_prefopt.training.run import describe
 
     return describe(config)
 

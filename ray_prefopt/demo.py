@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.settings import dump_yaml
-from ray_prefopt.train.plots import plot_run
-from ray_prefopt.train.run import train
+from ray_prefopt.training.plots import plot_run
+from ray_prefopt.training.run import train
 
 THINGS = (
     "atom", "germ", "flea", "ant", "bee", "mouse", "rat", "rabbit", "cat", "fox", "wolf", "lion", "bear",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import ray_prefopt.train.loop  # noqa: F401  the fork server imports it once for all gangs
+import ray_prefopt.training.loop  # noqa: F401  the fork server imports it once for all gangs
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.gang"])

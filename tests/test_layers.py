@@ -19,7 +19,12 @@ LAYERS = [
 WORDS = {"pydantic", "pydantic_core", "yaml"}
 OWNERS = {
     "deepspeed": ("ray_prefopt.engine.zero",),
-    "ray": ("ray_prefopt.data.prepare", "ray_prefopt.data.sources", "ray_prefopt.train", "ray_prefopt.tune"),
+    "ray": (
+        "ray_prefopt.data.prepare",
+        "ray_prefopt.data.sources",
+        "ray_prefopt.training",
+        "ray_prefopt.tune",
+    ),
     "peft": ("ray_prefopt.model",),
 }
 

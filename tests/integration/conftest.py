@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.train.run import TrainResult, train
+from ray_prefopt.training.run import TrainResult, train
 from tests.tiny import chat_row, save_tiny_model
 
 STEPS = 12

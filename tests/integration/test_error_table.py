@@ -21,8 +21,8 @@ from ray_prefopt.errors import (
     ResourceError,
 )
 from ray_prefopt.settings import load_config
-from ray_prefopt.train import workers
-from ray_prefopt.train.run import TrainResult, evaluate, train
+from ray_prefopt.training import workers
+from ray_prefopt.training.run import TrainResult, evaluate, train
 from tests.integration.conftest import STEPS, Toy, rows, write_rows
 from tests.integration.test_train import assert_same_weights
 from tests.tiny import save_tiny_model

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.demo import make_tokenizer, run_demo
 from ray_prefopt.settings import load_config
-from ray_prefopt.train.export import export
-from ray_prefopt.train.run import train
+from ray_prefopt.training.export import export
+from ray_prefopt.training.run import train
 from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ray_prefopt.settings import dump_yaml
-from ray_prefopt.train.run import TrainResult, train
+from ray_prefopt.training.run import TrainResult, train
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.test_train import assert_same_weights, records_of
 

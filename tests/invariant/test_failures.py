@@ -16,9 +16,9 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, NonFiniteError
-from ray_prefopt.train import ranks
-from ray_prefopt.train.checkpoint import latest_checkpoint
-from ray_prefopt.train.loop import Job, Reports, train_worker
+from ray_prefopt.training import ranks
+from ray_prefopt.training.checkpoint import latest_checkpoint
+from ray_prefopt.training.loop import Job, Reports, train_worker
 from tests.gang import run_gang
 from tests.invariant.training import Inputs
 from tests.tiny import random_pairs, save_tiny_model, write_blocks

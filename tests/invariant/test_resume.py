@@ -10,7 +10,7 @@ import torch
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import CheckpointError
-from ray_prefopt.train.loop import Job
+from ray_prefopt.training.loop import Job
 from tests.invariant.test_engines import assert_equal
 from tests.invariant.training import Inputs, curves, run, stop_at
 from tests.tiny import random_pairs, write_blocks

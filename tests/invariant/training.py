@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.train.checkpoint import Checkpoint, LoopState, latest_checkpoint
-from ray_prefopt.train.export import checkpoint_weights
-from ray_prefopt.train.loop import Job, Record, Reports, train_worker
+from ray_prefopt.training.checkpoint import Checkpoint, LoopState, latest_checkpoint
+from ray_prefopt.training.export import checkpoint_weights
+from ray_prefopt.training.loop import Job, Record, Reports, train_worker
 from tests.gang import run_gang
 
 PAIRS, GLOBAL_BATCH, STEPS = 50, 16, 4

@@ -22,7 +22,7 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.losses.logps import PairLogps, token_logps
 from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
 from ray_prefopt.model.forward import keeps_logits, pair_logps
-from ray_prefopt.train.metrics import means
+from ray_prefopt.training.metrics import means
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.parity

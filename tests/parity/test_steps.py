@@ -17,8 +17,8 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.losses.objective import StepTotals, make_objective
 from ray_prefopt.model.load import load_model
-from ray_prefopt.train.metrics import MetricSums
-from ray_prefopt.train.step import StepInput, train_step
+from ray_prefopt.training.metrics import MetricSums
+from ray_prefopt.training.step import StepInput, train_step
 from tests.tiny import CORPUS, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.parity

@@ -14,9 +14,9 @@ import pytest
 import xxhash
 
 from ray_prefopt.errors import CheckpointError
-from ray_prefopt.train import checkpoint as checkpoint_module
-from ray_prefopt.train import ranks
-from ray_prefopt.train.checkpoint import (
+from ray_prefopt.training import checkpoint as checkpoint_module
+from ray_prefopt.training import ranks
+from ray_prefopt.training.checkpoint import (
     Checkpoint,
     LoopState,
     better,

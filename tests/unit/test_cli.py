@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-import ray_prefopt.train.export  # noqa: F401  for monkeypatch to find: the command imports it when it runs
+import ray_prefopt.training.export  # noqa: F401  for monkeypatch to find: the command imports it when it runs
 from ray_prefopt import __version__
 from ray_prefopt.cli import COMMANDS, main
 from ray_prefopt.config import TrainConfig
@@ -20,7 +20,7 @@ from ray_prefopt.errors import DataError, ResourceError, TrainingError
 from ray_prefopt.help import default_text, flag_form
 from ray_prefopt.options import options
 from ray_prefopt.settings import config_schema, dump_yaml, load_config
-from ray_prefopt.train.run import resolved
+from ray_prefopt.training.run import resolved
 
 FLAGS = Path(__file__).with_name("flags.txt")
 GIVEN = ["--model.path", "m", "--data.train", "a.jsonl"]
@@ -281,7 +281,7 @@ def test_train_hands_over_the_config_and_prints_the_result(
 ) -> None:
     given: list[TrainConfig] = []
     result = {"name": "x", "metrics": {"loss": float("nan"), "step": 3}, "model": Path("runs/x")}
-    monkeypatch.setattr("ray_prefopt.train.run.train", lambda config: given.append(config) or result)
+    monkeypatch.setattr("ray_prefopt.training.run.train", lambda config: given.append(config) or result)
     code, out, err = call("train", "-c", "run.yaml", "--run.name", "x")
     assert given == [resolved(load_config([Path("run.yaml")], ["--run.name", "x"]))]
     assert code == 0
@@ -292,17 +292,17 @@ def test_train_hands_over_the_config_and_prints_the_result(
 
 def test_evaluate_takes_the_model_as_an_argument(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[TrainConfig] = []
-    monkeypatch.setattr("ray_prefopt.train.run.evaluate", given.append)
+    monkeypatch.setattr("ray_prefopt.training.run.evaluate", given.append)
     assert call("evaluate", "org/name", "--data.eval", "e.jsonl") == (0, "", "")
     assert (given[0].model.path, given[0].data.train, given[0].data.eval) == ("org/name", [], "e.jsonl")
 
 
 def test_tokenize_and_export_hand_over_what_was_given(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_prefopt.train.run.prepare_data", lambda config: [config.data.train])
+    monkeypatch.setattr("ray_prefopt.training.run.prepare_data", lambda config: [config.data.train])
     assert call("tokenize", *GIVEN) == (0, "- a.jsonl\n", "")
     exported: list[Any] = []
     monkeypatch.setattr(
-        "ray_prefopt.train.export.export", lambda *given, **options: exported.append((given, options))
+        "ray_prefopt.training.export.export", lambda *given, **options: exported.append((given, options))
     )
     assert call("export", "runs/x", "--out", "m", "--merge") == (0, "exported: m\n", "")
     assert exported == [(("runs/x", "m"), {"merge": True})]
@@ -310,9 +310,9 @@ def test_tokenize_and_export_hand_over_what_was_given(call: Call, monkeypatch: p
 
 @pytest.mark.parametrize("command", ["train", "tokenize", "evaluate"])
 def test_a_dry_run_prints_the_plan_alone(call: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr("ray_prefopt.train.run.describe", lambda config: {"steps": config.run.seed})
+    monkeypatch.setattr("ray_prefopt.training.run.describe", lambda config: {"steps": config.run.seed})
     for name in ("train", "prepare_data", "evaluate"):
-        monkeypatch.setattr(f"ray_prefopt.train.run.{name}", raising(AssertionError(name)))
+        monkeypatch.setattr(f"ray_prefopt.training.run.{name}", raising(AssertionError(name)))
     code, out, _ = call(command, *GIVEN, "--data.eval", "e.jsonl", "--run.seed", "7", "--dry-run")
     assert (code, out) == (0, "steps: 7\n")
 
@@ -320,7 +320,7 @@ def test_a_dry_run_prints_the_plan_alone(call: Call, monkeypatch: pytest.MonkeyP
 def test_with_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
     """Also what child processes print, and libraries that hold on to the process's stdout."""
     probe = (
-        "import os, sys, ray_prefopt.train.run as run; from ray_prefopt.cli import main\n"
+        "import os, sys, ray_prefopt.training.run as run; from ray_prefopt.cli import main\n"
         "def train(config):\n"
         "    print('noise'); os.system('echo child'); return {'done': True}\n"
         "run.train = train; sys.exit(main(sys.argv[1:]))"
@@ -359,7 +359,7 @@ def test_a_source_that_is_no_checkpoint_is_exit_code_4(call: Call, folder: Path)
 def test_our_own_errors_have_their_exit_codes(
     call: Call, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    monkeypatch.setattr("ray_prefopt.train.run.prepare_data", raising(error))
+    monkeypatch.setattr("ray_prefopt.training.run.prepare_data", raising(error))
     assert call("tokenize", *GIVEN) == (code, "", f"error: {error}\n")
     _, _, err = call("tokenize", *GIVEN, "--verbose")
     assert err.startswith("Traceback")
@@ -367,7 +367,7 @@ def test_our_own_errors_have_their_exit_codes(
 
 
 def test_a_bug_shows_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_prefopt.train.run.prepare_data", raising(KeyError("x")))
+    monkeypatch.setattr("ray_prefopt.training.run.prepare_data", raising(KeyError("x")))
     code, out, err = call("tokenize", *GIVEN)
     assert (code, out) == (1, "")
     assert err.startswith("Traceback")
@@ -416,7 +416,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     call: Call, monkeypatch: pytest.MonkeyPatch, arguments: str, added: str
 ) -> None:
     for name in ("train", "prepare_data"):
-        monkeypatch.setattr(f"ray_prefopt.train.run.{name}", raising(KeyboardInterrupt()))
+        monkeypatch.setattr(f"ray_prefopt.training.run.{name}", raising(KeyboardInterrupt()))
     code, out, err = call(*arguments.split(" "))
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == f"interrupted; go on with: ray-prefopt {arguments}{added}"
@@ -431,7 +431,7 @@ def test_an_interrupted_run_without_a_name_is_resumed_by_the_one_it_was_given(
         given.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ray_prefopt.train.run.train", train)
+    monkeypatch.setattr("ray_prefopt.training.run.train", train)
     code, out, _ = call("train", "-c", "run.yaml", "--json")
     name = given[0].run.name
     assert re.fullmatch(r"simpo-\d{8}-\d{6}", str(name))

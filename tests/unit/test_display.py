@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from ray_prefopt.train import display as display_module
-from ray_prefopt.train.checkpoint import LoopState
-from ray_prefopt.train.display import Display, eval_summary, train_summary
+from ray_prefopt.training import display as display_module
+from ray_prefopt.training.checkpoint import LoopState
+from ray_prefopt.training.display import Display, eval_summary, train_summary
 
 RECORD = {
     "step": 12,

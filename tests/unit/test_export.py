@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.errors import CheckpointError, ConfigError
-from ray_prefopt.train import export as export_module
-from ray_prefopt.train.checkpoint import LoopState, save_checkpoint
-from ray_prefopt.train.export import export
+from ray_prefopt.training import export as export_module
+from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
+from ray_prefopt.training.export import export
 from tests.tiny import save_tiny_model, tiny_config
 
 IDS = torch.arange(20).view(2, 10)

@@ -11,8 +11,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from ray_prefopt.errors import DataError, NonFiniteError
-from ray_prefopt.train.checkpoint import LoopState
-from ray_prefopt.train.log import RunLog
+from ray_prefopt.training.checkpoint import LoopState
+from ray_prefopt.training.log import RunLog
 
 Log: Any = RunLog.__ray_metadata__.modified_class
 """The class inside the actor."""

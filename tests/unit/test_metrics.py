@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_prefopt.train.metrics import MetricSums, means
+from ray_prefopt.training.metrics import MetricSums, means
 
 
 def sums(**values: float) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from ray_prefopt.errors import CheckpointError
-from ray_prefopt.train.plots import SMOOTH_ABOVE, Curve, make_figure, plot_run, read_records
+from ray_prefopt.training.plots import SMOOTH_ABOVE, Curve, make_figure, plot_run, read_records
 
 
 def trained(step: int) -> dict[str, Any]:

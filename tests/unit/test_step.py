@@ -14,8 +14,8 @@ from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
 from ray_prefopt.model.forward import pair_logps
-from ray_prefopt.train.metrics import MetricSums
-from ray_prefopt.train.step import REMEDY, StepInput, evaluate, train_step
+from ray_prefopt.training.metrics import MetricSums
+from ray_prefopt.training.step import REMEDY, StepInput, evaluate, train_step
 from tests.tiny import random_pairs, tiny_model
 
 PAD = 0

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ray_prefopt.train.checkpoint import LoopState
+from ray_prefopt.training.checkpoint import LoopState
 
 POLL_S = 0.5
 

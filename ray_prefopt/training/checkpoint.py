@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_prefopt.errors import CheckpointError
-from ray_prefopt.train import ranks
+from ray_prefopt.training import ranks
 
 MANIFEST = "MANIFEST.json"
 FOLDER = re.compile(r"step-(\d{8})-[0-9a-f]{8}")

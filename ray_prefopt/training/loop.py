@@ -22,8 +22,8 @@ from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
-from ray_prefopt.train import ranks
-from ray_prefopt.train.checkpoint import (
+from ray_prefopt.training import ranks
+from ray_prefopt.training.checkpoint import (
     Checkpoint,
     LoopState,
     better,
@@ -33,8 +33,8 @@ from ray_prefopt.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from ray_prefopt.train.metrics import METRICS, MetricSums
-from ray_prefopt.train.step import StepInput, evaluate, train_step
+from ray_prefopt.training.metrics import METRICS, MetricSums
+from ray_prefopt.training.step import StepInput, evaluate, train_step
 
 Record = dict[str, float]
 

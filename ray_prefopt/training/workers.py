@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
-from ray_prefopt.train.loop import Job, Reports, evaluate_worker, train_worker
+from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worker
 
 TELL_AFTER_S = 5.0
 """What has just finished on the cluster may take that long to give its CPUs back."""

@@ -14,7 +14,7 @@ from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.train.checkpoint import find_checkpoint, local_copy
+from ray_prefopt.training.checkpoint import find_checkpoint, local_copy
 
 
 def export(source: str, out: str, *, merge: bool = False) -> str:

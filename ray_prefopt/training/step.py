@@ -12,8 +12,8 @@ from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.forward import keeps_logits, pair_logps
-from ray_prefopt.train import ranks
-from ray_prefopt.train.metrics import MetricSums
+from ray_prefopt.training import ranks
+from ray_prefopt.training.metrics import MetricSums
 
 
 @dataclass(frozen=True, slots=True)

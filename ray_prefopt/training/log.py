@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tensorboardX import SummaryWriter
 
 from ray_prefopt.errors import PrefoptError
-from ray_prefopt.train.checkpoint import LoopState, write_text
+from ray_prefopt.training.checkpoint import LoopState, write_text
 
 Event = tuple[str, Any]
 """Kind (`started`, `metrics`, `saved`, `warning`) and what belongs to it."""

@@ -23,7 +23,7 @@ from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.train.checkpoint import (
+from ray_prefopt.training.checkpoint import (
     LoopState,
     checkpoint_at,
     find_checkpoint,
@@ -31,11 +31,11 @@ from ray_prefopt.train.checkpoint import (
     latest_checkpoint,
     write_text,
 )
-from ray_prefopt.train.display import Display
-from ray_prefopt.train.export import export
-from ray_prefopt.train.log import RunLog
-from ray_prefopt.train.loop import Job, Record, best_metric, make_plan
-from ray_prefopt.train.workers import run_evaluation, run_training, start_ray
+from ray_prefopt.training.display import Display
+from ray_prefopt.training.export import export
+from ray_prefopt.training.log import RunLog
+from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
+from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Training on Ray: step, loop, checkpoints, workers, and what each command does."""
