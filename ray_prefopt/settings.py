@@ -1,6 +1,6 @@
 """Read a TrainConfig from YAML files and command line flags, and say plainly what is wrong with them.
 
-PyYAML reads files, and flags that do not take text, with the numbers of YAML 1.2 (so that `5e-7` is one); pydantic
+PyYAML reads files, with the numbers of YAML 1.2 (so that `5e-7` is one), and pydantic-settings reads flags; pydantic
 validates the two together. Every problem is a ConfigError that says where the value came from, and which name the
 user may have meant. Imports neither torch nor ray.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
@@ -209,30 +210,77 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, flags
 
 
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """A flag as it was typed, and the field it sets; None for a whole section."""
+
+    typed: str
+    text: str
+    keys: Keys
+    option: Option | None
+
+    @classmethod
+    def of(cls, flag: str) -> "_Flag":
+        typed, has_value, text = flag.partition("=")
+        keys, option = _find_field(typed)
+        if not has_value and not (option and option.takes(bool)):
+            raise ConfigError(f"{typed} needs a value: {typed} VALUE")
+        return cls(typed, text if has_value else "true", keys, option)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pydantic-settings reads it: of mappings it takes no YAML, and texts it splits, which paths forbid."""
+        option = self.option
+        if option is None or self.text == "null" or dotted(self.keys) != option.name:
+            return False
+        return not (option.is_mapping or option.is_section or option.is_list)
+
+
+class _FlagSettings(BaseSettings, TrainConfig):
+    """The tree as pydantic-settings wants it: only its fields are used, never an instance."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
+
 def _read_flags(arguments: Sequence[str]) -> _Flags:
     """Nested values of `--section.field value` flags, in their order: lists grow, mappings are merged."""
     rest, flags = split_flags(arguments)
     if rest:
         names = nearest_fields(rest[0].lstrip("-").partition("=")[0], list(options()))
         raise ConfigError(f"{rest[0]} is not a flag of the config.{did_you_mean(names, '--')}")
+    parsed = [_Flag.of(flag) for flag in flags]
+    plain = _read_plain([flag for flag in parsed if flag.is_plain])
     values: dict[str, Any] = {}
     given: dict[Keys, tuple[str, Any]] = {}
-    for flag in flags:
-        typed, has_value, text = flag.partition("=")
-        keys, option = _find_field(typed)
-        if not has_value and not (option and option.takes(bool)):
-            raise ConfigError(f"{typed} needs a value: {typed} VALUE")
-        value = _parse_value(typed, keys, option, text if has_value else "true")
-        for other, (spelled, held) in given.items():
+    for spelled, flag in zip(flags, parsed, strict=True):
+        keys, option = flag.keys, flag.option
+        value = plain[keys] if flag.is_plain else _parse_value(flag)
+        for other, (spelled_before, held) in given.items():
             if _leaves_no_room(other, held, keys) or _leaves_no_room(keys, value, other):
-                raise ConfigError(f"{spelled} and {flag} contradict each other; leave one out")
-        before = given[keys][1] if keys in given else None
+                raise ConfigError(f"{spelled_before} and {spelled} contradict each other; leave one out")
         grows = option and option.is_list and not (option.is_mapping and isinstance(value, Mapping))
-        if grows and before is not None:
-            value = [*_as_list(before), *_as_list(value)]
-        given[keys] = flag, value
+        if grows and given.get(keys, (spelled, None))[1] is not None:
+            value = [*_as_list(given[keys][1]), *_as_list(value)]
+        given[keys] = spelled, value
         values = _merge(values, _nest(keys, value))
     return _Flags(values)
+
+
+def _read_plain(flags: Sequence[_Flag]) -> dict[Keys, Any]:
+    """The values of flags by their keys; of a field that is given twice, the last one."""
+    arguments = [f"--{dotted(flag.keys)}={flag.text}" for flag in flags]
+    tree = CliSettingsSource[Any](
+        _FlagSettings, cli_prog_name="", cli_exit_on_error=False, cli_parse_args=arguments
+    )()
+    values = {}
+    for flag in flags:
+        value: Any = tree
+        for key in flag.keys:
+            value = value[key]
+        # It leaves numbers of a Literal, and numbers as only YAML writes them, as text.
+        is_number = isinstance(value, str) and flag.option is not None and not flag.option.takes(str)
+        values[flag.keys] = parse_scalar(value) if is_number else value
+    return values
 
 
 def _find_field(flag: str) -> tuple[Keys, Option | None]:
@@ -254,23 +302,19 @@ def _find_field(flag: str) -> tuple[Keys, Option | None]:
     raise ConfigError(f"{flag} is not a field.{did_you_mean(names, '--')}")
 
 
-def _parse_value(flag: str, keys: Keys, option: Option | None, text: str) -> Any:
-    """The value that a text stands for: itself where the field takes text, else what YAML reads."""
-    if option is not None and dotted(keys) != option.name:  # a key inside a mapping
+def _parse_value(flag: _Flag) -> Any:
+    """The value of a flag that may hold a mapping or a list."""
+    option, text = flag.option, flag.text
+    if option is not None and dotted(flag.keys) != option.name:  # a key inside a mapping
         return parse_scalar(text)
     if text == "null":
         return None
-    if option is None:
-        return _parse_mapping(flag, text)
-    if option.takes(str):
-        if option.is_mapping and isinstance(parse_scalar(text), Mapping):
-            return _parse_mapping(flag, text)
-        return _parse_json(text) if option.is_list else text
-    if option.is_mapping or option.is_section:
-        return _parse_mapping(flag, text)
-    if option.is_list:
+    if option is not None and option.takes(str):
+        is_mapping = option.is_mapping and isinstance(parse_scalar(text), Mapping)
+        return _parse_mapping(flag.typed, text) if is_mapping else _parse_json(text)
+    if option is not None and option.is_list:
         return parse_scalar(text if text.startswith("[") else f"[{text}]")
-    return parse_scalar(text)
+    return _parse_mapping(flag.typed, text)
 
 
 def _parse_json(text: str) -> Any:

@@ -16,7 +16,7 @@ LAYERS = [
     if contract["type"] == "layers"
     for layer in reversed(contract["layers"])
 ]
-WORDS = {"pydantic", "pydantic_core", "yaml"}
+WORDS = {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}
 OWNERS = {
     "deepspeed": ("ray_prefopt.engine.zero",),
     "ray": (
