@@ -70,6 +70,7 @@ class EvalResult:
 
     model: str
     pairs: dict[str, int]
+    """Of each evaluation set by its name; an unnamed one is `eval`."""
     metrics: Record
 
 
@@ -126,7 +127,7 @@ def evaluate(config: TrainConfig) -> EvalResult:
     run_evaluation(job, log)
     metrics = ray.get(log.records.remote())[-1]
     del metrics["step"]
-    pairs = {name: open_blocks(path).num_pairs for name, path in job.eval_blocks.items()}
+    pairs = {name or "eval": open_blocks(path).num_pairs for name, path in job.eval_blocks.items()}
     return EvalResult(model, pairs, metrics)
 
 

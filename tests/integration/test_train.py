@@ -114,7 +114,7 @@ def test_evaluation_of_checkpoint_and_model_agree(straight: TrainResult, toy: To
         )
         found = evaluate(config)
         assert found.metrics == pytest.approx(expected, rel=1e-6)
-        assert (found.model, found.pairs) == (path, {"": 9})
+        assert (found.model, found.pairs) == (path, {"eval": 9})
 
 
 def test_the_command_line_does_the_same(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:
