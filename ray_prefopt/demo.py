@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
+from ray_prefopt.model.load import without_bars
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.plots import plot_run
 from ray_prefopt.training.run import train
@@ -260,7 +261,8 @@ def demo_config(folder: Path) -> TrainConfig:
 def ask(model_folder: str, questions: Sequence[str]) -> list[str]:
     """The answers of a model in a Hugging Face folder, without sampling."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
     prompts = [[{"role": "user", "content": question}] for question in questions]
     inputs: Any = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True

@@ -1,6 +1,8 @@
 """Build the model that is trained: from a folder, a hub id, or an architecture; with adapters when asked for."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +168,17 @@ def merged(model: nn.Module) -> nn.Module:
 
 def save_model(model: Any, folder: Path) -> None:
     """Write the model, or its adapters alone, as a Hugging Face folder."""
+    with without_bars():
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
     was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        yield
     finally:
         if was_shown:
             logging.enable_progress_bar()
