@@ -14,6 +14,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 """A name or place; an empty one comes from an unset variable of a shell."""
+Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["epoch"]
+"""Optimizer steps, a share of all of them, or the end of each epoch."""
 
 
 class Config(BaseModel):
@@ -31,8 +33,8 @@ class LoraConfig(Config):
     """Scale of the update: the adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
     """Share of the adapter's inputs that are dropped in training."""
-    target_modules: str | list[str] = "all-linear"
-    """Module names, a regular expression, or `all-linear`."""
+    target_modules: str | list[str] | None = "all-linear"
+    """Module names, a regular expression, or `all-linear`; none: what peft has for the architecture."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved beside the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -264,6 +266,8 @@ class OptimConfig(Config):
     """Further arguments of that schedule."""
     warmup_ratio: Fraction = 0.1
     """Share of the steps during which the learning rate rises."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps during which the learning rate rises; when given, warmup_ratio has no say."""
 
 
 class EngineConfig(Config):
@@ -317,20 +321,24 @@ class RunConfig(Config):
     """Pairs per optimizer step, over all workers."""
     micro_batch: int = Field(4, ge=1)
     """Pairs per forward pass of a worker."""
-    epochs: int = Field(1, ge=1)
-    """Times that every pair is seen."""
+    eval_micro_batch: int | None = Field(None, ge=1)
+    """Pairs per forward pass of an evaluation; micro_batch when not given."""
+    epochs: int | float = Field(1, gt=0)
+    """Times that every pair is seen; 1.5 sees the first half of the second epoch's order."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever epochs says."""
     seed: int = Field(42, ge=0)
     """Of the order of the pairs, of new weights and of dropout."""
-    log_steps: int = Field(1, ge=1)
-    """Optimizer steps per line of metrics.jsonl."""
-    eval_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between evaluations; when not given, one at the end."""
+    log_steps: Interval | None = 1
+    """Optimizer steps per line of metrics.jsonl, a share of all steps such as 0.05, `epoch`, or none: the last alone."""
+    log_first_step: bool = False
+    """A line for the first step as well."""
+    eval_steps: Interval | None = None
+    """Optimizer steps between evaluations, a share of all steps, or `epoch`; when not given, one at the end."""
     eval_on_start: bool = False
     """Evaluate before the first step as well."""
-    save_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints; when not given, one at the end."""
+    save_steps: Interval | None = None
+    """Optimizer steps between checkpoints, a share of all steps, or `epoch`; when not given, one at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept, besides the best one."""
     best_metric: str | None = None

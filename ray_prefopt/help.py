@@ -67,7 +67,8 @@ def flag_form(option: Option) -> str:
     """`--run.epochs N`: a flag and the kind of its value."""
     kinds = {list: "TEXT...", bool: "BOOL", int: "N", float: "X", tuple: "X,X", str: "TEXT"}
     if option.choices:
-        value = "|".join(map(str, option.choices))
+        is_number_too = option.takes(int) and all(isinstance(choice, str) for choice in option.choices)
+        value = "|".join([*(["N"] if is_number_too else []), *map(str, option.choices)])
     elif not option.takes(str) and (option.is_mapping or option.is_section):
         value = "{KEY: VALUE}"
     else:

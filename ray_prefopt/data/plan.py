@@ -72,7 +72,7 @@ class Plan:
     """Work per pair in tokens, (N,), for balancing the ranks."""
     global_batch: int
     micro_batch: int
-    epochs: int = 1
+    epochs: float = 1
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        return self.max_steps or self.epochs * self.steps_per_epoch
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch)
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed after `step` steps."""

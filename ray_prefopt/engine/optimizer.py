@@ -90,11 +90,14 @@ def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -
 
     Raises ConfigError when the schedule does not take optim.schedule_args, or follows something else than steps.
     """
+    warmup_steps = optim.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(optim.warmup_ratio * total_steps)
     try:
         schedule = get_scheduler(
             optim.schedule,
             optimizer,
-            num_warmup_steps=math.ceil(optim.warmup_ratio * total_steps),
+            num_warmup_steps=warmup_steps,
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(optim.schedule_args),
         )

@@ -7,14 +7,8 @@ from typing import Any, Self
 
 import ray
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from ray_prefopt.training.checkpoint import LoopState
 
@@ -33,12 +27,14 @@ class Display:
         self._console = Console(stderr=True, highlight=False)
         self._thread = threading.Thread(target=self._follow, daemon=True, name="display")
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[summary]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            # In a narrow terminal the summary is what gives way.
+            TextColumn(
+                "{task.fields[summary]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            expand=True,
             console=self._console,
             disable=not sys.stderr.isatty(),
         )

@@ -1,5 +1,6 @@
 """What every worker of a run does: the same loop on each rank, in step with the others."""
 
+import math
 import os
 import random
 import time
@@ -11,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ray_prefopt.config import RunConfig, TrainConfig
+from ray_prefopt.config import Interval, RunConfig, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.collate import PairBatch, collate
 from ray_prefopt.data.plan import Ids, Order, Plan, deal, extend_hash
@@ -82,7 +83,7 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     _check_order(plan, state)
     objective = make_objective(config.loss, aux_loss_coef=aux_loss_coef(engine))
     evaluations = {
-        name: EvalSet(open_blocks(folder), run.micro_batch, job.pad_id)
+        name: EvalSet(open_blocks(folder), run.eval_micro_batch or run.micro_batch, job.pad_id)
         for name, folder in job.eval_blocks.items()
     }
 
@@ -114,7 +115,7 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
         state = evaluate_now(state)
     meter = Meter()
     metrics = MetricSums()
-    due = Due(run, plan.total_steps)
+    due = Due(run, plan.steps_per_epoch, plan.total_steps)
     reader = PairReader(blocks, max_pairs=config.data.shuffle_window)
     with closing(Prefetched(step_inputs(plan, blocks, reader, state.step, job.pad_id))) as inputs:
         for inputs_of_step in inputs:
@@ -142,7 +143,7 @@ def evaluate_worker(job: Job, device: torch.device) -> Record:
     torch.set_num_threads(job.config.run.cpus_per_worker)
     engine = _engine_at(job.config, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-    micro_batch = job.config.run.micro_batch
+    micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
     sets = {
         name: EvalSet(open_blocks(folder), micro_batch, job.pad_id)
         for name, folder in job.eval_blocks.items()
@@ -239,16 +240,24 @@ class Due:
     """What happens after which step; the last step evaluates and saves in any case."""
 
     run: RunConfig
+    steps_per_epoch: int
     last: int
 
     def log(self, step: int) -> bool:
-        return step % self.run.log_steps == 0 or step == self.last
+        return self._falls_on(self.run.log_steps, step) or (step == 1 and self.run.log_first_step)
 
     def evaluate(self, step: int) -> bool:
-        return step == self.last or (self.run.eval_steps is not None and step % self.run.eval_steps == 0)
+        return self._falls_on(self.run.eval_steps, step)
 
     def save(self, step: int) -> bool:
-        return step == self.last or (self.run.save_steps is not None and step % self.run.save_steps == 0)
+        return self._falls_on(self.run.save_steps, step)
+
+    def _falls_on(self, interval: Interval | None, step: int) -> bool:
+        if step == self.last or interval is None:
+            return step == self.last
+        if interval == "epoch":
+            return step % self.steps_per_epoch == 0
+        return step % (interval if isinstance(interval, int) else math.ceil(interval * self.last)) == 0
 
 
 class Meter:

@@ -40,9 +40,9 @@ from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
-    "num_workers", "use_gpu", "cpus_per_worker", "log_steps", "eval_steps", "eval_on_start", "save_steps",
-    "keep_checkpoints", "best_metric", "max_failures", "resume_from", "on_bad_checkpoint", "on_save_error", "force_new",
-    "export", "resource_timeout_s", "storage_path",
+    "num_workers", "use_gpu", "cpus_per_worker", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
+    "eval_on_start", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
+    "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
