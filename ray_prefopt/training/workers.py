@@ -75,7 +75,11 @@ def _evaluate(given: dict[str, Any]) -> None:
 
 
 def _device(job: Job) -> torch.device:
-    return ray.train.torch.get_device() if job.config.run.use_gpu else torch.device("cpu")
+    if not job.config.run.use_gpu:
+        return torch.device("cpu")
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)  # NCCL sends objects from the current one
+    return device
 
 
 def _guarded(log: Any, work: Callable[[], Any]) -> None:
