@@ -11,13 +11,16 @@ from ray_prefopt.errors import PrefoptError
 from ray_prefopt.settings import load_config
 
 if TYPE_CHECKING:
+    from ray_prefopt.compat.config import CPOConfig, SimPOConfig
     from ray_prefopt.training.export import export
     from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, prepare_data, train
 
 __version__ = "0.1.0"
 __all__ = [
+    "CPOConfig",
     "EvalResult",
     "PrefoptError",
+    "SimPOConfig",
     "TrainConfig",
     "TrainResult",
     "evaluate",
@@ -26,12 +29,16 @@ __all__ = [
     "prepare_data",
     "train",
 ]
+_HOMES = {
+    "CPOConfig": "ray_prefopt.compat.config",
+    "SimPOConfig": "ray_prefopt.compat.config",
+    "export": "ray_prefopt.training.export",
+}
+"""Modules of names that are loaded late; the others are in `training.run`."""
 
 
 def __getattr__(name: str) -> Any:
     """Load torch and Ray when something that needs them is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(
-        import_module("ray_prefopt.training.export" if name == "export" else "ray_prefopt.training.run"), name
-    )
+    return getattr(import_module(_HOMES.get(name, "ray_prefopt.training.run")), name)
