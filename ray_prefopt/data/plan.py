@@ -105,9 +105,13 @@ class Plan:
         """The micro-batches of a rank in a step; as many on each rank, some possibly empty.
 
         Ranks get equal numbers of pairs (give or take one) and similar numbers of tokens; each micro-batch holds pairs
-        of similar length, the longest first, so that memory peaks at once.
+        of similar length, the longest first, so that memory peaks at once. Without shuffling the order of the pairs is
+        kept in this too.
         """
-        return deal(self.step_ids(step), self.lengths, self.micro_batch, rank, world_size)
+        ids = self.step_ids(step)
+        if not self.order.shuffle:
+            return in_turn(ids, self.micro_batch, rank, world_size)
+        return deal(ids, self.lengths, self.micro_batch, rank, world_size)
 
 
 def deal(ids: Ids, lengths: np.ndarray, micro_batch: int, rank: int, world_size: int) -> list[Ids]:
@@ -122,6 +126,17 @@ def deal(ids: Ids, lengths: np.ndarray, micro_batch: int, rank: int, world_size:
     mine = by_length[(turn == rank) | (turn == 2 * world_size - 1 - rank)]
     count = math.ceil(math.ceil(len(ids) / world_size) / micro_batch)
     return [mine[index * micro_batch : (index + 1) * micro_batch] for index in range(count)]
+
+
+def in_turn(ids: Ids, micro_batch: int, rank: int, world_size: int) -> list[Ids]:
+    """Cut the pairs of a step in their order, the ranks taking micro-batches in turn, as accelerate does.
+
+    >>> [in_turn(np.arange(5), 2, rank, world_size=2) for rank in (0, 1)]
+    [[array([0, 1]), array([4])], [array([2, 3]), array([], dtype=int64)]]
+    """
+    cut = [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
+    mine = cut[rank::world_size]
+    return mine + [ids[:0]] * (math.ceil(len(cut) / world_size) - len(mine))
 
 
 def extend_hash(digest: str, ids: Ids) -> str:

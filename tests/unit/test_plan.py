@@ -177,3 +177,13 @@ def test_the_hash_tells_pairs_order_and_steps_apart() -> None:
     assert hash_of([0, 1], [2]) == different[0]
     assert extend_hash("", np.array([0, 1], np.int32)) == hash_of([0, 1])
     assert extend_hash("", np.arange(4)[::2]) == hash_of([0, 2])
+
+
+def test_without_shuffling_micro_batches_keep_the_order() -> None:
+    plan = make((7, 6), global_batch=10, micro_batch=2, shuffle=False)
+    by_rank = [[ids.tolist() for ids in plan.micro_batches(0, rank, 2)] for rank in (0, 1)]
+    assert by_rank == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], []]]
+    assert [[ids.tolist() for ids in plan.micro_batches(1, rank, 2)] for rank in (0, 1)] == [
+        [[10, 11]],
+        [[12]],
+    ]
