@@ -14,7 +14,11 @@ HONOURED = {
     # the run
     "output_dir": "`run.storage_path`; the run is the folder `run_name` in it, prepared pairs lie in `blocks`",
     "run_name": "`run.name`; `run` when not given",
-    "overwrite_output_dir": "`run.force_new`: an earlier run of that name is moved aside",
+    "resume_from_checkpoint": "where `train()` goes on when it is not told otherwise: True at the newest checkpoint of "
+    "the run, a path at that one",
+    "hub_model_id": "where `push_to_hub()` uploads to",
+    "hub_token": "with what `push_to_hub()` uploads",
+    "hub_private_repo": "whether what `push_to_hub()` makes is private",
     "seed": "`run.seed`: order of the pairs, new weights, dropout",
     "use_cpu": "`run.use_gpu: false`",
     "no_cuda": "as `use_cpu`",
@@ -93,14 +97,14 @@ HONOURED = {
 """Field: the fields of ours that it becomes."""
 
 _SCRIPTS = "scripts read it, no trainer does"
-_HUB = "only `push_to_hub` has a use for it, which is refused"
+_HUB = "only pushes during training have a use for it, and `push_to_hub` is refused"
 _TRACKIO = "only Trackio has a use for it, which `report_to` refuses"
 _LOADER = "prepared pairs are read ahead of the step; there are no loader processes"
 _DDP = "gradients are reduced by DeepSpeed, not by torch's DistributedDataParallel"
 
 IGNORED = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _SCRIPTS),
-    "resume_from_checkpoint": f"{_SCRIPTS}: it is an argument of `train()`",
+    "overwrite_output_dir": "`train()` moves an older run aside, unless it is to resume it",
     "local_rank": "Ray Train gives the workers their ranks",
     "ddp_backend": "Ray Train makes the process group: nccl on GPUs, gloo on CPUs",
     "ddp_timeout": "Ray Train makes the process group, and watches over its workers",
@@ -128,11 +132,7 @@ IGNORED = {
     "eval_use_gather_object": "evaluations gather metrics, never predictions",
     "save_on_each_node": "checkpoints lie on storage that all nodes see",
     "torch_empty_cache_steps": "it changes no result; against fragmentation there is PYTORCH_CUDA_ALLOC_CONF",
-    **dict.fromkeys(
-        ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
-         "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token"),
-        _HUB,
-    ),
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), _HUB),
     **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
 }  # fmt: skip
 """Field: why nothing is lost without it."""
@@ -190,7 +190,11 @@ REFUSED = {
     "past_index": "leave it out: models with a state of their own cannot be trained",
     "is_encoder_decoder": "use a decoder: encoder-decoders cannot be trained",
     "max_target_length": "use max_completion_length, or a decoder: encoder-decoders cannot be trained",
-    "push_to_hub": "push the exported model when the run is done",
+    "push_to_hub": "call push_to_hub() of the trainer when train() is done",
+    "push_to_hub_model_id": "use hub_model_id",
+    "push_to_hub_organization": 'use hub_model_id="organization/name"',
+    "push_to_hub_token": "use hub_token",
+    "hub_revision": "give revision to push_to_hub() of the trainer",
     "ray_scope": "leave it out: there is no hyperparameter_search yet",
     "use_legacy_prediction_loop": "leave it out: there is one evaluation loop",
 }  # fmt: skip

@@ -28,7 +28,8 @@ def to_train_config(
 ) -> TrainConfig:
     """The config of the run that the arguments describe.
 
-    `model` and `data` are the values of those sections that a trainer is given by itself: path, tokenizer, train, eval.
+    `model` and `data` are the values of those sections that a trainer is given by itself: path, tokenizer, train, eval
+    (None: there is nothing to evaluate on; left out: that is not known yet).
     Reads nothing but the JSON file that `args.deepspeed` may name. Raises ConfigError for what cannot be honoured.
     """
     if not isinstance(args, CPOConfig | SimPOConfig):
@@ -343,11 +344,12 @@ def _global_batch(args: Args, num_workers: int) -> int:
 
 
 def _evaluates(args: Args, data: Mapping[str, Any]) -> bool:
-    """Whether the run evaluates. Raises ConfigError when it should and there is nothing to evaluate on."""
+    """Whether the run evaluates; data that say nothing of `eval` may get it later. Raises ConfigError for none."""
     strategy = _text(args.eval_strategy)
-    if strategy != "no" and not data.get("eval"):
+    has_pairs = bool(data.get("eval", True))
+    if strategy != "no" and not has_pairs:
         raise _refusal(args, "eval_strategy", "there is no eval_dataset; give one, or set it to no")
-    return bool(data.get("eval")) and (strategy != "no" or args.eval_on_start)
+    return has_pairs and (strategy != "no" or args.eval_on_start)
 
 
 def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
@@ -366,7 +368,6 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
     return {
         "name": args.run_name or "run",
         "storage_path": args.output_dir,
-        "force_new": args.overwrite_output_dir,
         "micro_batch": _micro_batch(args),
         "eval_micro_batch": args.per_gpu_eval_batch_size or args.per_device_eval_batch_size,
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
