@@ -278,8 +278,11 @@ def _read_plain(flags: Sequence[_Flag]) -> dict[Keys, Any]:
         for key in flag.keys:
             value = value[key]
         # It leaves numbers of a Literal, and numbers as only YAML writes them, as text.
-        is_number = isinstance(value, str) and flag.option is not None and not flag.option.takes(str)
-        values[flag.keys] = parse_scalar(value) if is_number else value
+        option = flag.option
+        may_be_text = option is None or (
+            option.takes(str) and (value in option.choices or not option.takes(float))
+        )
+        values[flag.keys] = parse_scalar(value) if isinstance(value, str) and not may_be_text else value
     return values
 
 

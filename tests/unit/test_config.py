@@ -42,6 +42,7 @@ def test_json_reads_back_equal() -> None:
         model={"path": "m", "lora": {"r": 4}},
         data={"train": ["a.jsonl", {"path": "b", "weight": 0.5}], "eval": {"x": "c.jsonl"}},
         loss={"kind": "ipo", "alpha": 0.25},
+        run={"epochs": 1.5, "log_steps": None, "eval_steps": 0.25, "save_steps": "epoch"},
     )
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
 

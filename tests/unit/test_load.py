@@ -134,6 +134,7 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
     [
         ("all-linear", PROJECTIONS),
         (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (None, {"q_proj", "v_proj"}),  # what peft has for qwen2
         (r".*\.1\.self_attn\.[qk]_proj", {"q_proj", "k_proj"}),
     ],
 )

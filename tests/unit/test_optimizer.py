@@ -128,6 +128,12 @@ def test_a_started_step_of_warm_up_is_one(ratio: float, warmup: int) -> None:
     )
 
 
+@pytest.mark.parametrize("steps", [0, 3, 20])
+def test_warm_up_by_steps_leaves_the_ratio_out(steps: int) -> None:
+    found = rates(optim(schedule="constant_with_warmup", warmup_ratio=0.5, warmup_steps=steps), 10)
+    assert found == pytest.approx([0.25 * min(1, step / steps) if steps else 0.25 for step in range(10)])
+
+
 # --- refusals ---
 
 

@@ -162,6 +162,13 @@ def test_ranks_of_a_real_size_carry_the_same_work() -> None:
         assert max(tokens) / min(tokens) < 1.02
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (1.5, 5), (0.5, 2), (2, 6), (0.01, 1)])
+def test_a_started_step_of_a_fractional_epoch_is_one(epochs: float, steps: int) -> None:
+    """Five pairs in steps of two: 3 steps in an epoch, rounded up as transformers rounds num_train_epochs."""
+    plan = Plan(Order((5,), seed=0), np.ones(5), global_batch=2, micro_batch=1, epochs=epochs)
+    assert plan.total_steps == steps
+
+
 # --- the running hash ---
 
 

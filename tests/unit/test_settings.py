@@ -120,6 +120,16 @@ def test_a_bare_flag_is_true_and_takes_a_value_too() -> None:
     assert flags("--run.use_gpu", "yes").run.use_gpu
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("10", 10), ("1e1", 10), ("0.25", 0.25), ("epoch", "epoch"), ("null", None)]
+)
+def test_intervals_are_steps_shares_or_epochs(folder: Path, text: str, value: Any) -> None:
+    found = flags("--run.save_steps", text).run.save_steps
+    assert (found, type(found)) == (value, type(value))
+    file = write(MINIMAL + f"run: {{eval_steps: {text}}}\n")
+    assert load_config([file]).run.eval_steps == value
+
+
 def test_beta_alone_keeps_the_kind(folder: Path) -> None:
     assert flags("--loss.beta", "3").loss == SimPOLoss(beta=3)
     file = write(MINIMAL + "loss: {kind: cpo, cpo_alpha: 0.5}\n")
@@ -498,6 +508,11 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
         ("--loss.beta --run.seed 1", "--loss.beta needs a value: --loss.beta VALUE"),
         ("--loss.beta high", '--loss.beta must be a number; got "high"'),
         ("--run.global-batch 0", "--run.global_batch must be >= 1; got 0"),
+        ("--run.save_steps 0", "--run.save_steps must be >= 1 or > 0 or one of epoch; got 0"),
+        (
+            "--run.save_steps epoc",
+            '--run.save_steps must be an integer or a number or one of epoch; got "epoc". Did you mean epoch?',
+        ),
         ("--engine.zero_stage x", '--engine.zero_stage must be one of 0, 1, 2, 3; got "x"'),
         (
             "--data.format standart",
