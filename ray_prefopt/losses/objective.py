@@ -27,7 +27,8 @@ def make_objective(config: LossConfig, *, aux_loss_coef: float = 0.0) -> Objecti
 
     It takes log-probabilities, weights (B,) that are 1 for a pair and 0 for filler, and the totals of the step; it
     returns a scalar whose sum over the step's micro-batches on all ranks is the step's loss, and weighted sums over
-    pairs, (), without gradient, under TRL's metric names (`nll_loss` is a sum over tokens).
+    pairs, (), without gradient, under TRL's metric names (`nll_loss` is a sum over `nll_weight`: tokens, or pairs where
+    it is averaged over micro-batches).
     """
     alpha = getattr(config, "alpha", 0.0)
 
@@ -91,9 +92,12 @@ def _metric_sums(
         "logits/rejected": logps.rejected_logits,
         "completions/chosen_length": logps.chosen_len,
         "completions/rejected_length": logps.rejected_len,
-        "nll_loss": -logps.chosen,
     }
     sums = {name: (weights * value.detach()).sum() for name, value in per_pair.items()}
+    pairs, tokens = weights.sum(), sums["completions/chosen_length"]
+    nll = -(weights * logps.chosen.detach()).sum()
+    if config.nll_average == "micro_batch":
+        nll, tokens = pairs * nll / tokens.clamp(min=1), pairs
     if logps.aux_loss is not None:
-        sums["aux_loss"] = weights.sum() * logps.aux_loss.detach()
-    return {"loss": loss.detach(), "pairs": weights.sum(), **sums}
+        sums["aux_loss"] = pairs * logps.aux_loss.detach()
+    return {"loss": loss.detach(), "pairs": pairs, "nll_loss": nll, "nll_weight": tokens, **sums}

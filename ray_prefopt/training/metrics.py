@@ -10,8 +10,6 @@ METRICS = (
     "logits/chosen", "logits/rejected", "completions/chosen_length", "completions/rejected_length",
 )  # fmt: skip
 """Everything that `losses.objective` measures (`aux_loss`: of models with a router)."""
-TOKEN_MEAN = "nll_loss"
-"""The one metric that is a mean over chosen tokens; all others are means over pairs."""
 
 
 class MetricSums:
@@ -43,14 +41,14 @@ class MetricSums:
 
 
 def means(sums: dict[str, float], steps: int) -> dict[str, float]:
-    """Means from sums over pairs.
+    """Means over pairs from sums; of `loss` over steps, of `nll_loss` over `nll_weight`.
 
-    >>> means({"loss": 3.0, "pairs": 4.0, "rewards/margins": 2.0, "completions/chosen_length": 8.0, "nll_loss": 4.0}, 2)
-    {'loss': 1.5, 'rewards/margins': 0.5, 'completions/chosen_length': 2.0, 'nll_loss': 0.5}
+    >>> means({"loss": 3.0, "pairs": 4.0, "rewards/margins": 2.0, "nll_loss": 4.0, "nll_weight": 8.0}, 2)
+    {'loss': 1.5, 'rewards/margins': 0.5, 'nll_loss': 0.5}
     """
-    pairs, chosen_tokens = sums["pairs"], sums["completions/chosen_length"]
+    weights = {"loss": steps, "nll_loss": sums["nll_weight"]}
     return {
-        name: value / (steps if name == "loss" else chosen_tokens if name == TOKEN_MEAN else pairs)
+        name: value / weights.get(name, sums["pairs"])
         for name, value in sums.items()
-        if name != "pairs"
+        if name not in ("pairs", "nll_weight")
     }

@@ -182,7 +182,8 @@ def test_metric_sums_by_hand() -> None:
 
     shared = {
         "pairs": 2.0,
-        "nll_loss": 11.0,  # over tokens
+        "nll_loss": 11.0,
+        "nll_weight": 5.0,  # tokens
         "completions/chosen_length": 5.0,
         "completions/rejected_length": 7.0,
         "logps_mean/chosen": -4.0,  # -1, -3
@@ -197,6 +198,11 @@ def test_metric_sums_by_hand() -> None:
     assert cpo == pytest.approx(
         shared | rewards | {"logps/chosen": -11, "logps/rejected": -10, "loss": cpo["loss"]}
     )
+    by_micro_batch = read(CPOLoss(nll_average="micro_batch"))
+    assert (by_micro_batch["nll_loss"], by_micro_batch["nll_weight"]) == (
+        pytest.approx(2 * 11 / 5),
+        2.0,
+    )  # pairs
     simpo = read(SimPOLoss(beta=2))  # the target margin is no part of a reward
     rewards = {"rewards/chosen": -8.0, "rewards/rejected": -6.0, "rewards/margins": -2.0}
     assert simpo == pytest.approx(

@@ -8,6 +8,7 @@ from ray_prefopt.training.metrics import MetricSums, means
 
 def sums(**values: float) -> dict[str, torch.Tensor]:
     names = {"chosen_length": "completions/chosen_length", "margins": "rewards/margins"}
+    values = {"nll_weight": values.get("chosen_length", 1.0), **values}
     return {names.get(name, name): torch.tensor(value) for name, value in values.items()}
 
 
@@ -63,6 +64,7 @@ def test_half_precision_is_added_in_full() -> None:
 
 def test_a_mean_of_steps_equals_the_mean_of_all_pairs() -> None:
     values = {"loss": 4.0, "pairs": 8.0, "completions/chosen_length": 16.0, "nll_loss": 8.0, "aux_loss": 2.0}
+    values |= {"nll_weight": 16.0}
     assert means(values, steps=4) == {
         "loss": 1.0,
         "completions/chosen_length": 2.0,
