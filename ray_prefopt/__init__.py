@@ -12,15 +12,18 @@ from ray_prefopt.settings import load_config
 
 if TYPE_CHECKING:
     from ray_prefopt.compat.config import CPOConfig, SimPOConfig
+    from ray_prefopt.compat.trainer import CPOTrainer, SimPOTrainer
     from ray_prefopt.training.export import export
     from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, prepare_data, train
 
 __version__ = "0.1.0"
 __all__ = [
     "CPOConfig",
+    "CPOTrainer",
     "EvalResult",
     "PrefoptError",
     "SimPOConfig",
+    "SimPOTrainer",
     "TrainConfig",
     "TrainResult",
     "evaluate",
@@ -31,7 +34,9 @@ __all__ = [
 ]
 _HOMES = {
     "CPOConfig": "ray_prefopt.compat.config",
+    "CPOTrainer": "ray_prefopt.compat.trainer",
     "SimPOConfig": "ray_prefopt.compat.config",
+    "SimPOTrainer": "ray_prefopt.compat.trainer",
     "export": "ray_prefopt.training.export",
 }
 """Modules of names that are loaded late; the others are in `training.run`."""

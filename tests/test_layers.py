@@ -20,6 +20,8 @@ WORDS = {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}
 OWNERS = {
     "deepspeed": ("ray_prefopt.engine.zero",),
     "ray": (
+        "ray_prefopt.compat.inputs",
+        "ray_prefopt.compat.trainer",
         "ray_prefopt.data.prepare",
         "ray_prefopt.data.sources",
         "ray_prefopt.training",

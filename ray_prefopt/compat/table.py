@@ -14,8 +14,7 @@ HONOURED = {
     # the run
     "output_dir": "`run.storage_path`; the run is the folder `run_name` in it, prepared pairs lie in `blocks`",
     "run_name": "`run.name`; `run` when not given",
-    "resume_from_checkpoint": "where `train()` goes on when it is not told otherwise: True at the newest checkpoint of "
-    "the run, a path at that one",
+    "resume_from_checkpoint": "where `train()` goes on when it is not told otherwise",
     "hub_model_id": "where `push_to_hub()` uploads to",
     "hub_token": "with what `push_to_hub()` uploads",
     "hub_private_repo": "whether what `push_to_hub()` makes is private",
@@ -31,7 +30,7 @@ HONOURED = {
     "num_train_epochs": "`run.epochs`, fractions too",
     "max_steps": "`run.max_steps`; -1 leaves it to `num_train_epochs`",
     "train_sampling_strategy": "`sequential` is `data.shuffle: false`; `random` and `batch_rebalance` are what is done "
-    "anyway, since the pairs of a step are always dealt out by length; `group_by_length` is refused",
+    "anyway, since shuffled pairs are dealt out by length; `group_by_length` is refused",
     # optimizer
     "learning_rate": "`optim.learning_rate`",
     "optim": "`optim.name`",
@@ -170,7 +169,7 @@ REFUSED = {
     "data_seed": "use seed, which is that of the order too",
     "full_determinism": "leave it out: on CPUs runs repeat bit for bit anyway",
     "dataloader_drop_last": "use max_steps to stop before the last, smaller step",
-    "group_by_length": "leave it out: the pairs of a step are always dealt out by length",
+    "group_by_length": "leave it out: the shuffled pairs of a step are dealt out by length anyway",
     "ignore_data_skip": "leave it out: a resumed run goes on with the pairs that come next",
     "save_only_model": "leave it out: checkpoints can be resumed, and the model is exported by itself at the end",
     "save_safetensors": "leave it out: models are written as safetensors",

@@ -147,7 +147,7 @@ def _data(args: Args) -> dict[str, Any]:
         raise _refusal(
             args,
             "train_sampling_strategy",
-            "leave it out: the pairs of a step are always dealt out by length",
+            "leave it out: the shuffled pairs of a step are dealt out by length anyway",
         )
     max_length = 512 if args.max_length is None else args.max_length
     # What a user has not chosen may not fit what he has.

@@ -1,6 +1,8 @@
 """Every field of TRL's configs is honoured, ignored or refused, and what is refused says what to do instead."""
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,8 +183,8 @@ def test_a_field_set_after_construction_is_seen() -> None:
 def test_fields_of_a_newer_transformers_are_refused_when_they_are_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for table in (HONOURED, IGNORED, REFUSED):
-        monkeypatch.delitem(table, "neftune_noise_alpha", raising=False)
+    known = {name: text for name, text in REFUSED.items() if name != "neftune_noise_alpha"}
+    monkeypatch.setattr("ray_prefopt.compat.table.REFUSED", known)
     check(CPOConfig())
     with pytest.raises(ConfigError) as caught:
         check(CPOConfig(neftune_noise_alpha=5.0))
@@ -198,3 +200,17 @@ def test_fields_of_a_subclass_are_its_own() -> None:
         mine: int = 3
 
     check(Mine(mine=4))
+
+
+def test_the_page_of_all_fields_is_up_to_date() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "migrating_page.py"
+    spec = importlib.util.spec_from_file_location("migrating_page", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run `python docs/migrating_page.py`"
+    for count, title in ((len(HONOURED), "Honoured"), (len(IGNORED), "Ignored"), (len(REFUSED), "Refused")):
+        rows = module.page().partition(f"## {title}\n")[2].partition("\n## ")[0].count("\n| `")
+        assert rows == count
+        assert f"{count} are {title.lower()}" in module.page()

@@ -420,8 +420,8 @@ def test_saving_the_best_needs_a_metric() -> None:
         ),
         (
             SimPOConfig(train_sampling_strategy="group_by_length"),
-            "SimPOConfig.train_sampling_strategy cannot be honoured; got 'group_by_length': leave it out: the pairs of "
-            "a step are always dealt out by length",
+            "SimPOConfig.train_sampling_strategy cannot be honoured; got 'group_by_length': leave it out: the "
+            "shuffled pairs of a step are dealt out by length anyway",
         ),
         (
             CPOConfig(loss_type="kto_pair"),
