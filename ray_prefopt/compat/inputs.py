@@ -57,7 +57,7 @@ def pairs_source(pairs: Pairs, folder: Path) -> str:
         pairs.write_parquet(str(folder))
         return str(folder)
     if isinstance(pairs, datasets.IterableDataset):
-        ray.data.from_huggingface(pairs).write_parquet(str(folder))
+        pairs.to_parquet(str(folder / "pairs.parquet"))
         return str(folder)
     raise ConfigError(
         f"train_dataset, eval_dataset: got {type(pairs).__name__}; give a datasets.Dataset or IterableDataset, "

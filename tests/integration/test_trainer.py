@@ -1,0 +1,244 @@
+"""The trainers on Ray: scripts as TRL's documents have them, but for the import and a local model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pyarrow.parquet as pq
+import pytest
+import ray.data
+import torch
+from datasets import Dataset, load_from_disk
+from ray.train import ScalingConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ray_prefopt import CPOConfig, CPOTrainer, PrefoptError, SimPOConfig, SimPOTrainer
+from ray_prefopt.compat.inputs import pairs_source
+from ray_prefopt.compat.trainer import REFUSED
+from ray_prefopt.errors import ConfigError, DataError
+from tests.tiny import chat_row, save_tiny_model, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.ray
+
+TWO_WORKERS = ScalingConfig(num_workers=2)
+SMALL: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "max_length": 64,
+    "max_prompt_length": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def chats(count: int, start: int = 0) -> Dataset:
+    numbers = range(start, start + count)
+    return Dataset.from_list(
+        [chat_row(f"What is {n} plus {n}?", f"It is {n + n}.", f"{n}? No idea.") for n in numbers]
+    )
+
+
+def test_the_quick_start_of_the_cpo_document(model_folder: str, tmp_path: Path, ray_local: None) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    before = copy.deepcopy(model.state_dict())
+    training_args = CPOConfig(output_dir=str(tmp_path / "CPO"), eval_strategy="steps", eval_steps=2, **SMALL)
+    trainer = CPOTrainer(
+        model=model,
+        args=training_args,
+        processing_class=tokenizer,
+        train_dataset=chats(16),
+        eval_dataset=chats(5, start=100),
+        scaling_config=TWO_WORKERS,
+    )
+    output = trainer.train()
+
+    assert output.global_step == trainer.state.global_step == 4
+    logged = trainer.state.log_history
+    assert [record["step"] for record in logged if "loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in logged if "eval_rewards/accuracies" in record] == [2, 4]
+    losses = [record["loss"] for record in logged if "loss" in record]
+    assert output.training_loss == pytest.approx(sum(losses) / 4)
+    assert losses[-1] < losses[0] - 0.5
+    # the very model that was given now holds the trained weights, which are those of the exported folder
+    assert trainer.model is model
+    exported = load_file(tmp_path / "CPO" / "run" / "model" / "model.safetensors")
+    for name, weight in exported.items():
+        assert torch.equal(model.state_dict()[name], weight)
+        assert not torch.equal(before[name], weight)
+
+    metrics = trainer.evaluate()
+    last = next(record for record in reversed(logged[:-1]) if "eval_loss" in record)
+    assert metrics["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
+
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(weight, saved.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == tokenizer.chat_template
+
+    again = trainer.train(resume_from_checkpoint=True)  # it is finished
+    assert again.global_step == 4
+    assert not list((tmp_path / "CPO").glob("run.old-*"))
+
+
+SIMPO_ROWS = {
+    "prompt": ["hello", "how are you", "What is your name?", "Which is the best programming language?"] * 2,
+    "chosen": ["hi nice to meet you", "I am fine", "My name is Mary", "Python"] * 2,
+    "rejected": ["leave me alone", "I am not fine", "Whats it to you?", "Javascript"] * 2,
+}
+
+
+def test_the_example_of_the_simpo_document_with_adapters(tmp_path: Path, ray_local: None) -> None:
+    simpo_config = SimPOConfig(output_dir=str(tmp_path), beta=2.5, gamma_beta_ratio=0.25, **SMALL)
+    trainer = SimPOTrainer(
+        tiny_model().train(),
+        args=simpo_config,
+        train_dataset=Dataset.from_dict(SIMPO_ROWS),
+        tokenizer=tiny_tokenizer("plain"),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    assert any("lora_B" in name for name, _ in trainer.model.named_parameters())
+    losses_of, chosen, rejected = trainer.simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]))
+    assert losses_of.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(2.5 * 0.75)).item())
+    assert (chosen.item(), rejected.item()) == (-2.5, -5.0)
+
+
+# --- What needs no run ---
+
+
+def small(tmp_path: Path, **arguments: Any) -> CPOTrainer:
+    given = {"model": tiny_model(), "processing_class": tiny_tokenizer("plain"), **arguments}
+    return CPOTrainer(args=CPOConfig(output_dir=str(tmp_path / "out"), **SMALL), **given)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_workers_have_no_place_for(name: str, tmp_path: Path) -> None:
+    value: Any = (torch.optim.SGD, None) if name == "optimizers" else [len] if name == "callbacks" else len
+    with pytest.raises(ConfigError) as caught:
+        small(tmp_path, **{name: value})
+    assert str(caught.value) == f"{name}: {REFUSED[name]}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"model": None}, "model, model_init: give one of the two"),
+        ({"model_init": tiny_model}, "model, model_init: give one of the two"),
+        ({"model": 3}, "model: got int; give a path, a hub id, or a PreTrainedModel"),
+        (
+            {"processing_class": None},
+            "processing_class: got none, and a model made in memory names no tokenizer",
+        ),
+        (
+            {"scaling_config": ScalingConfig(num_workers=(1, 2))},
+            "scaling_config: num_workers must be one number",
+        ),
+        (
+            {"model": peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear"))},
+            "model: got a PeftModel; give its base model as model and its LoraConfig as peft_config",
+        ),
+    ],
+)
+def test_constructors_that_make_no_sense(arguments: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^" + text.replace("(", r"\(")):
+        small(tmp_path, **arguments)
+
+
+def test_calls_that_make_no_sense(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    for call, text in (
+        (trainer.train, "train: got no train_dataset; give one to the constructor"),
+        (
+            lambda: trainer.train(trial=1),
+            "train: trial and ignore_keys_for_eval have no meaning here; leave them out",
+        ),
+        (trainer.evaluate, "evaluate: got no eval_dataset, here or in the constructor; give one"),
+        (
+            lambda: trainer.evaluate(ignore_keys=["x"]),
+            "evaluate: ignore_keys has no meaning here; leave it out",
+        ),
+        (
+            lambda: trainer.tokenize_row({"prompt": "a", "chosen": "", "rejected": "b"}),
+            "the row is no pair: empty_com",
+        ),
+        (
+            lambda: pairs_source(3, tmp_path / "x"),
+            "train_dataset, eval_dataset: got int; give a datasets.Dataset",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: trainer.get_batch_logps(torch.zeros(1, 2, 3), torch.zeros(1, 3)),
+            "logits (1, 2, 3) and labels (1, 3) do not belong together",
+        ),
+        (
+            lambda: trainer.get_batch_logps(torch.zeros(1, 2, 3), torch.zeros(1, 2), is_encoder_decoder=True),
+            "is_encoder_decoder: only causal language models are trained here",
+        ),
+    ):
+        with pytest.raises(PrefoptError) as caught:
+            call()
+        assert str(caught.value).startswith(text)
+    assert issubclass(DataError, PrefoptError)
+
+
+def test_every_kind_of_dataset_becomes_a_path(tmp_path: Path, ray_local: None) -> None:
+    rows = chats(6)
+    saved = pairs_source(rows, tmp_path / "train")
+    assert load_from_disk(saved).to_list() == rows.to_list()
+    assert pairs_source(rows, tmp_path / "train") == saved
+    assert pairs_source("pairs.jsonl", tmp_path / "train") == "pairs.jsonl"
+    for kind in (rows.to_iterable_dataset(), ray.data.from_items(rows.to_list())):
+        folder = pairs_source(kind, tmp_path / "other")
+        found = pq.read_table(folder).to_pylist()
+        assert sorted(found, key=str) == sorted(rows.to_list(), key=str)
+
+
+def test_an_untrained_model_is_saved_as_it_is(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    trainer.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(
+        torch.equal(weight, saved.state_dict()[name]) for name, weight in tiny_model().state_dict().items()
+    )
+
+
+def test_push_to_hub_uploads_what_save_model_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            calls["token"] = token
+
+        def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> Any:
+            calls["created"] = (name, private, exist_ok)
+            return type("Repository", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, *, folder_path: Path, **given: Any) -> str:
+            calls["uploaded"] = given
+            calls["files"] = {path.name for path in folder_path.iterdir()}
+            return "commit"
+
+    monkeypatch.setattr("ray_prefopt.compat.trainer.HfApi", Hub)
+    assert small(tmp_path).push_to_hub("done", token="secret", revision="main") == "commit"
+    assert calls["token"] == "secret"
+    assert calls["created"] == ("out", None, True)
+    assert calls["uploaded"] == {
+        "repo_id": "me/out",
+        "commit_message": "done",
+        "revision": "main",
+        "run_as_future": False,
+    }
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= calls["files"]
