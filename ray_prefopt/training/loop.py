@@ -82,10 +82,7 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     engine = _engine_at(config, plan.total_steps, device, checkpoint)
     _check_order(plan, state)
     objective = make_objective(config.loss, aux_loss_coef=aux_loss_coef(engine))
-    evaluations = {
-        name: EvalSet(open_blocks(folder), run.eval_micro_batch or run.micro_batch, job.pad_id)
-        for name, folder in job.eval_blocks.items()
-    }
+    evaluations = _eval_sets(job)
 
     def evaluate_now(state: LoopState) -> LoopState:
         record = _evaluate_all(engine, evaluations, objective)
@@ -143,12 +140,7 @@ def evaluate_worker(job: Job, device: torch.device) -> Record:
     torch.set_num_threads(job.config.run.cpus_per_worker)
     engine = _engine_at(job.config, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-    micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
-    sets = {
-        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id)
-        for name, folder in job.eval_blocks.items()
-    }
-    return _evaluate_all(engine, sets, objective)
+    return _evaluate_all(engine, _eval_sets(job), objective)
 
 
 def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
@@ -198,6 +190,14 @@ class EvalSet:
         reader = PairReader(self.blocks)
         for micro in deal(ids, self.blocks.total_lengths, self.micro_batch, ranks.rank(), ranks.world_size()):
             yield _batch(reader, micro, ids, self.pad_id)
+
+
+def _eval_sets(job: Job) -> dict[str, EvalSet]:
+    micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
+    return {
+        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id)
+        for name, folder in job.eval_blocks.items()
+    }
 
 
 def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Objective) -> Record:
