@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,14 +93,47 @@ def test_cpo_for_translation(tmp_path: Path, ray_local: None) -> None:
     assert not Path(merged, "adapter_config.json").exists()
 
 
-@pytest.mark.ray
-def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "train_from_python.py")
+def script(name: str) -> Any:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    result = module.main(str(tmp_path), max_steps=2)
+    return module
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("name", "flags", "weights"),
+    [
+        ("cpo.py", ["--loss_type", "simpo", "--cpo_alpha", "0.05"], "model.safetensors"),
+        ("simpo.py", ["--use_peft", "--lora_r", "4", "--beta", "2.5"], "adapter_model.safetensors"),
+    ],
+)
+def test_scripts_with_the_arguments_of_trl(
+    name: str,
+    flags: list[str],
+    weights: str,
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [
+        "--model_name_or_path", save_tiny_model(tmp_path / "model"), "--dataset_name", "examples/pairs.jsonl",
+        "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--per_device_train_batch_size", "4",
+        "--bf16", "false", "--use_cpu", "--max_length", "256", *flags,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    script(name).main()
+    assert capsys.readouterr().out.startswith("2 steps, mean loss ")
+    assert {weights, "tokenizer.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.ray
+def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
+    result = script("train_from_python.py").main(str(tmp_path), max_steps=2)
     assert result.steps == 2
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in printed[:2]] == [
