@@ -27,7 +27,7 @@ OWNERS = {
         "ray_prefopt.training",
         "ray_prefopt.tune",
     ),
-    "peft": ("ray_prefopt.model",),
+    "peft": ("ray_prefopt.compat.inputs", "ray_prefopt.model"),
 }
 
 
