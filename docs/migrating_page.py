@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.table import HONOURED, IGNORED, REFUSED
+from ray_prefopt.compat.trainer import REFUSED as REFUSED_ARGUMENTS
 
 PAGE = Path(__file__).with_name("migrating-from-trl.md")
 
@@ -43,15 +44,41 @@ What is worth knowing beforehand:
 - The run lies in the folder `run_name`, or `run`, inside `output_dir`."""
 
 
+TRAINER = """\
+## The trainers
+
+`CPOTrainer` and `SimPOTrainer` take `model` (a path, hub id or `PreTrainedModel`) or `model_init`, `args`,
+`train_dataset` and `eval_dataset` (a `Dataset` or `IterableDataset` of datasets, a Ray Dataset, or any path that
+[data](data.md) describes; several evaluation sets as a mapping), `processing_class` or `tokenizer`, and `peft_config`.
+New is `scaling_config`, a `ray.train.ScalingConfig`: how many workers there are, and whether each has a GPU. What is in
+memory is saved under `output_dir/inputs`, where workers read it.
+
+`train`, `evaluate`, `save_model`, `push_to_hub`, `state.log_history`, `tokenize_row`, `get_batch_logps`,
+`concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL. After `train()`,
+`trainer.model` holds the trained weights. A second `train()` begins anew and moves the older run aside, unless
+`resume_from_checkpoint=True` says to go on.
+
+| argument that is refused | instead |
+|---|---|"""
+
+
 def page() -> str:
     counts = {"honoured": len(HONOURED), "ignored": len(IGNORED), "refused": len(REFUSED)}
     parts = [
         HEAD.format(total=sum(counts.values()), **counts),
+        "\n".join(
+            [TRAINER, *(f"| `{name}` | {_advice(text)} |" for name, text in REFUSED_ARGUMENTS.items())]
+        ),
         _table("Honoured", "what it becomes", HONOURED),
         _table("Ignored", "why", IGNORED),
         _table("Refused", "instead", REFUSED),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _advice(text: str) -> str:
+    """A refusal's text as a sentence of a table."""
+    return text[0].upper() + text[1:]
 
 
 def _table(title: str, column: str, texts: Mapping[str, str]) -> str:

@@ -330,7 +330,7 @@ class RunConfig(Config):
     seed: int = Field(42, ge=0)
     """Of the order of the pairs, of new weights and of dropout."""
     log_steps: Interval | None = 1
-    """Optimizer steps per line of metrics.jsonl, a share of all steps such as 0.05, or `epoch`; none: the last alone."""
+    """Optimizer steps per line of metrics.jsonl, a share of all steps (0.05), or `epoch`; none: the last alone."""
     log_first_step: bool = False
     """A line for the first step as well."""
     eval_steps: Interval | None = None

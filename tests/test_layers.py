@@ -26,6 +26,7 @@ OWNERS = {
         "ray_prefopt.data.sources",
         "ray_prefopt.training",
         "ray_prefopt.tune",
+        "ray_prefopt.compat",
     ),
     "peft": ("ray_prefopt.compat.inputs", "ray_prefopt.model"),
 }
