@@ -61,6 +61,8 @@ class CPOTrainer:
     be honoured, each with what to do instead.
     """
 
+    _default_args: type[CPOConfig | SimPOConfig] = CPOConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel | None = None,
@@ -88,7 +90,9 @@ class CPOTrainer:
         )
         if (model is None) == (model_init is None):
             raise ConfigError("model, model_init: give one of the two")
-        self.args: CPOConfig | SimPOConfig = args if args is not None else CPOConfig("trainer_output")
+        self.args: CPOConfig | SimPOConfig = (
+            args if args is not None else self._default_args("trainer_output")
+        )
         self.model: Any = model if model_init is None else model_init()
         self.processing_class = processing_class if processing_class is not None else tokenizer
         self.state = TrainerState()
@@ -103,7 +107,9 @@ class CPOTrainer:
             use_gpu=bool(scaling.use_gpu),
             peft_config=peft_config,
         )
-        self._config = self._translated(data={"train": []})
+        self._config = self._translated(
+            data={"train": [], **({"eval": None} if eval_dataset is None else {})}
+        )
         if self.processing_class is None:
             self.processing_class = load_tokenizer(self._config.model)
         self._result: TrainResult | None = None
@@ -155,7 +161,7 @@ class CPOTrainer:
             raise ConfigError("evaluate: ignore_keys has no meaning here; leave it out")
         if (pairs := eval_dataset if eval_dataset is not None else self._eval) is None:
             raise ConfigError("evaluate: got no eval_dataset, here or in the constructor; give one")
-        model = {"path": self._result.checkpoint} if self._result is not None else {}
+        model = {"path": self._checkpoint} if self._result is not None else {}
         found = evaluate(
             _changed(self._config, data={"eval": self._eval_sources(pairs)}, model=model)
         ).metrics
@@ -169,10 +175,7 @@ class CPOTrainer:
         """Write the model, trained or as it was given, and its tokenizer as a Hugging Face folder."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        if self._result is not None:
-            source = export(self._result.checkpoint, str(self._inputs / "trained"))
-        else:
-            source = str(self._config.model.path)
+        source = self._exported() if self._result is not None else str(self._config.model.path)
         if not Path(source).is_dir():
             raise ConfigError(
                 f"save_model: {source} is on the Hub and was not trained; there is nothing to save"
@@ -211,15 +214,26 @@ class CPOTrainer:
             return {name: pairs_source(each, self._inputs / f"eval-{name}") for name, each in pairs.items()}
         return pairs_source(pairs, self._inputs / "eval")
 
+    @property
+    def _checkpoint(self) -> str:
+        """The one that training ended with, or the best one for args.load_best_model_at_end."""
+        assert self._result is not None
+        return self._result.best_checkpoint if self.args.load_best_model_at_end else self._result.checkpoint
+
+    def _exported(self) -> str:
+        """Hugging Face folder of that checkpoint."""
+        assert self._result is not None
+        if self._result.model is not None and self._checkpoint == self._result.checkpoint:
+            return self._result.model
+        return export(self._checkpoint, str(self._inputs / "trained"))
+
     def _take_weights(self) -> None:
         """Put the trained weights into `model`, or load it where a path was given."""
-        assert self._result is not None
-        if self._result.model is None:
-            return
+        folder = self._exported()
         if isinstance(self.model, PreTrainedModel) and self._config.model.lora is None:
-            self.model.load_state_dict(load_file(f"{self._result.model}/model.safetensors"), strict=False)
+            self.model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(self._result.model)
+            self.model = AutoModelForCausalLM.from_pretrained(folder)
 
     # --- Arithmetic, on tensors of the caller's ---
 
@@ -308,6 +322,7 @@ class CPOTrainer:
 class SimPOTrainer(CPOTrainer):
     """The trainer of the SimPO document: `CPOTrainer` with its config and the document's names."""
 
+    _default_args = SimPOConfig
     simpo_loss = CPOTrainer.cpo_loss
 
 

@@ -117,7 +117,54 @@ def test_the_example_of_the_simpo_document_with_adapters(tmp_path: Path, ray_loc
     assert (chosen.item(), rejected.item()) == (-2.5, -5.0)
 
 
+def test_the_best_model_is_taken_when_asked_for(model_folder: str, tmp_path: Path, ray_local: None) -> None:
+    """By a metric that only falls, the best evaluation is the first one."""
+    args = CPOConfig(
+        output_dir=str(tmp_path),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="logps/rejected",
+        greater_is_better=True,
+        **{**SMALL, "max_steps": 3, "loss_type": "simpo", "cpo_alpha": 0.0},
+    )
+    trainer = CPOTrainer(model_folder, args, train_dataset=chats(8), eval_dataset=chats(3, start=100))
+    trainer.train()
+    measured = [
+        record["eval_logps/rejected"] for record in trainer.state.log_history if "eval_loss" in record
+    ]
+    assert measured == sorted(measured, reverse=True)
+    assert Path(str(trainer.state.best_model_checkpoint)).name.startswith("step-00000001-")
+    last = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert any(
+        not torch.equal(weight, last[name])
+        for name, weight in trainer.model.state_dict().items()
+        if name in last
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(weight, trainer.model.state_dict()[name]) for name, weight in saved.items())
+
+
 # --- What needs no run ---
+
+
+def test_arguments_that_are_left_out_are_those_of_the_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for trainer, kind in ((CPOTrainer, CPOConfig), (SimPOTrainer, SimPOConfig)):
+        made = trainer(tiny_model(), processing_class=tiny_tokenizer("plain"))
+        assert type(made.args) is kind
+        assert made.args.output_dir == "trainer_output"
+
+
+def test_evaluations_need_pairs(tmp_path: Path) -> None:
+    args = CPOConfig(output_dir=str(tmp_path), eval_strategy="epoch")
+    with pytest.raises(ConfigError, match="eval_strategy"):
+        CPOTrainer(tiny_model(), args, processing_class=tiny_tokenizer("plain"))
 
 
 def small(tmp_path: Path, **arguments: Any) -> CPOTrainer:
