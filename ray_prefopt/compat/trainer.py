@@ -38,6 +38,7 @@ from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
 from ray_prefopt.losses.preference import alpha_reward
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
 from ray_prefopt.training.metrics import means
 from ray_prefopt.training.run import TrainResult, evaluate, train
@@ -131,9 +132,7 @@ class CPOTrainer:
             raise ConfigError("train: trial and ignore_keys_for_eval have no meaning here; leave them out")
         if self._train is None:
             raise ConfigError("train: got no train_dataset; give one to the constructor")
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        run: dict[str, Any] = {"force_new": resume is not True}
-        run |= {"resume_from": resume} if isinstance(resume, str) else {}
+        run = self._beginning(resume_from_checkpoint or self.args.resume_from_checkpoint)
         pairs = pairs_source(self._train, self._inputs / "train")
         config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
         self._result = result = train(_changed(config, run=run))
@@ -205,6 +204,21 @@ class CPOTrainer:
             revision=revision,
             run_as_future=not blocking,
         )
+
+    def _beginning(self, resume: str | bool | None) -> dict[str, Any]:
+        """Fields of `run` that say where training begins; raises ConfigError for an older checkpoint of this run."""
+        if not isinstance(resume, str):
+            return {"force_new": resume is not True}
+        run = Path(self._config.run.storage_path, str(self._config.run.name)).absolute()
+        if run not in Path(resume).absolute().parents:
+            return {"force_new": True, "resume_from": resume}
+        newest = latest_checkpoint(f"{run}/checkpoints")
+        if newest is None or Path(newest.path).name != Path(resume).name:
+            raise ConfigError(
+                f"resume_from_checkpoint: {resume} is not the newest checkpoint of its run; copy it elsewhere to begin "
+                "a new run from it, or give True to go on from the newest"
+            )
+        return {"force_new": False}
 
     def _eval_sources(self, pairs: Pairs | Mapping[str, Pairs] | None) -> Any:
         """What `data.eval` takes."""

@@ -86,8 +86,13 @@ def test_the_quick_start_of_the_cpo_document(model_folder: str, tmp_path: Path, 
     assert all(torch.equal(weight, saved.state_dict()[name]) for name, weight in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == tokenizer.chat_template
 
-    again = trainer.train(resume_from_checkpoint=True)  # it is finished
-    assert again.global_step == 4
+    (newest,) = (tmp_path / "CPO" / "run" / "checkpoints").iterdir()
+    for checkpoint in (True, str(newest)):  # it is finished
+        assert trainer.train(resume_from_checkpoint=checkpoint).global_step == 4
+    with pytest.raises(
+        ConfigError, match=r"older is not the newest checkpoint of its run; copy it elsewhere to"
+    ):
+        trainer.train(resume_from_checkpoint=str(newest.with_name("older")))
     assert not list((tmp_path / "CPO").glob("run.old-*"))
 
 
