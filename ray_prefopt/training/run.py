@@ -29,6 +29,7 @@ from ray_prefopt.training.checkpoint import (
     find_checkpoint,
     has_checkpoints,
     latest_checkpoint,
+    open_checkpoint,
     write_text,
 )
 from ray_prefopt.training.display import Display
@@ -89,6 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
         if (finished := _finished(folder, export=config.run.export)) is not None:
             logger.warning("run %s is finished: here is its result; run.force_new trains anew", finished.name)
             return finished
+    _check_start(config, folder)
     start_ray()
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
@@ -237,6 +239,19 @@ def _check(config: TrainConfig) -> PretrainedConfig:
     return architecture
 
 
+def _check_start(config: TrainConfig, folder: str) -> None:
+    """Raises CheckpointError when run.resume_from is no whole checkpoint, ConfigError when it is about to be moved."""
+    run = config.run
+    if run.resume_from is None:
+        return
+    if run.force_new and run.resume_from.startswith(f"{folder}/"):
+        raise ConfigError(
+            f"run.resume_from {run.resume_from} is in the folder that run.force_new moves aside: "
+            "copy it elsewhere first, or leave out one of the two"
+        )
+    open_checkpoint(run.resume_from, verify="sizes")
+
+
 def _refuse_other_config(config: TrainConfig, folder: str) -> None:
     """Raises ConfigError when the folder has checkpoints of another config."""
     if not has_checkpoints(f"{folder}/checkpoints"):
@@ -272,7 +287,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     run, model = config.run, config.model
     name = run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
-    storage = run.storage_path if "://" in run.storage_path else _absolute(run.storage_path)
+    storage = _absolute(run.storage_path)
+    resume_from = run.resume_from and _absolute(run.resume_from)
     local = {
         field: _absolute(path)
         for field, path in (("path", model.path), ("tokenizer", model.tokenizer))
@@ -280,14 +296,15 @@ def resolved(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "run": run.model_copy(update={"name": name, "storage_path": storage}),
+            "run": run.model_copy(update={"name": name, "storage_path": storage, "resume_from": resume_from}),
             "model": model.model_copy(update=local),
         }
     )
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    """The path as seen from anywhere on this machine; a URI is itself."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _folder(config: TrainConfig) -> str:

@@ -182,6 +182,20 @@ def test_more_workers_than_the_cluster_has_room_for(toy: Toy, no_workers: None) 
 # --- Checkpoints ---
 
 
+def test_a_checkpoint_to_start_from_that_is_not_there(
+    toy: Toy, straight: TrainResult, no_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy.folder)
+    assert message(CheckpointError, toy.config(name="bad", resume_from="nowhere")) == (
+        f"{toy.folder}/nowhere: no checkpoint here (MANIFEST.json is missing)"
+    )
+    own = straight.checkpoint
+    assert message(ConfigError, toy.config(force_new=True, resume_from=own)) == (
+        f"run.resume_from {own} is in the folder that run.force_new moves aside: copy it elsewhere first, "
+        "or leave out one of the two"
+    )
+
+
 def test_the_same_name_with_another_config(straight: TrainResult, toy: Toy, no_workers: None) -> None:
     values = toy.values(epochs=2)
     values["loss"]["beta"] = 5.0
