@@ -31,7 +31,8 @@ from ray_prefopt.compat.translate import to_train_config
 from ray_prefopt.config import CPOLoss, TrainConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
-from ray_prefopt.data.tokenization import LengthLimits, tokenize_pairs
+from ray_prefopt.data.prepare import length_limits
+from ray_prefopt.data.tokenization import tokenize_pairs
 from ray_prefopt.errors import ConfigError, DataError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
@@ -323,10 +324,7 @@ class CPOTrainer:
             assistant_header=data.assistant_header,
         )
         if not isinstance(found, Skipped):
-            limits = LengthLimits(
-                data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode
-            )
-            (tokenized,) = tokenize_pairs([found], tokenizer, limits)
+            (tokenized,) = tokenize_pairs([found], tokenizer, length_limits(data))
             if not isinstance(tokenized, Skipped):
                 return row_of(tokenized)
             found = tokenized

@@ -86,7 +86,7 @@ def prepare(
         folder=order.folder,
         attempt=attempt,
         tokenizer=pickle.dumps(order.tokenizer),
-        limits=_limits(data),
+        limits=length_limits(data),
         form=data.format,
         columns=dict(data.columns.items()),
         assistant_header=data.assistant_header,
@@ -153,7 +153,8 @@ def _order(
     return _Order(tokenizer, work, recipe, _blocks_folder(storage, _fingerprint(recipe)))
 
 
-def _limits(data: DataConfig) -> LengthLimits:
+def length_limits(data: DataConfig) -> LengthLimits:
+    """The bounds on tokens that a data section sets."""
     return LengthLimits(
         data.max_length, data.max_prompt_length, data.max_completion_length, data.truncation_mode
     )
@@ -173,7 +174,7 @@ def _recipe(
         "sources": [source.model_dump() for source in sources],
         "files": [[lane.source, file.path, *file.stamp] for lane in work for file in lane.files],
         "chunk_rows": chunk_rows,
-        "limits": asdict(_limits(data)),
+        "limits": asdict(length_limits(data)),
         "form": data.format,
         "columns": dict(sorted(data.columns.items())),
         "assistant_header": data.assistant_header,
