@@ -378,19 +378,6 @@ def load_config(
     return _build(values, layers)
 
 
-def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """The config with some values changed by dotted name, as a sweep does; raises ConfigError.
-
-    Fields that were never set follow the new `loss.kind`; fields that were set and that it lacks are refused.
-    """
-    values = config.model_dump(exclude_unset=True)
-    if isinstance(values.get("loss"), dict):
-        values["loss"]["kind"] = config.loss.kind
-    for name, value in changes.items():
-        values = _merge(values, _nest(tuple(name.split(".")), value))
-    return _build(values, [])
-
-
 def _build(values: dict[str, Any], layers: Sequence[Layer]) -> TrainConfig:
     for name, field in TrainConfig.model_fields.items():
         section = values.setdefault(name, {})

@@ -15,7 +15,6 @@ from ray_prefopt.settings import (
     config_schema,
     dump_yaml,
     load_config,
-    override,
     parse_scalar,
     split_flags,
 )
@@ -243,18 +242,6 @@ def test_schema_names_every_section() -> None:
     assert list(schema["properties"]) == list(sections())
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["SimPOLoss"]["properties"]["beta"]["default"] == 2.0
-
-
-def test_override_changes_by_dotted_name() -> None:
-    config = flags("--run.seed", "7")
-    changed = override(config, {"loss.beta": 3.0, "optim.learning_rate": 5e-7})
-    assert changed.loss == SimPOLoss(beta=3.0)
-    assert (changed.optim.learning_rate, changed.run.seed) == (5e-7, 7)
-    assert override(config, {"loss.kind": "cpo"}).loss == CPOLoss()
-    with pytest.raises(ConfigError, match=r"loss\.bta is not a field\. Did you mean loss\.beta\?"):
-        override(config, {"loss.bta": 1})
-    with pytest.raises(ConfigError, match=r"loss\.gamma_beta_ratio is not a field of loss\.kind cpo"):
-        override(override(config, {"loss.gamma_beta_ratio": 0.3}), {"loss.kind": "cpo"})
 
 
 # --- Names ---
