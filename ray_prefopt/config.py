@@ -45,6 +45,15 @@ class LoraConfig(Config):
     """Train the magnitude of the weights apart from their direction (arXiv 2402.09353)."""
 
 
+class CompileConfig(Config):
+    """torch.compile, with its own option names."""
+
+    backend: str = "inductor"
+    """What makes the code: `inductor`, `aot_eager`, `cudagraphs`, ...; torch's default is inductor."""
+    mode: str | None = None
+    """How much inductor tries: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`."""
+
+
 class ModelConfig(Config):
     """Which model is trained, and how it is built."""
 
@@ -52,6 +61,8 @@ class ModelConfig(Config):
     """Folder or hub id of the model (and of its tokenizer, unless `tokenizer` says otherwise)."""
     from_config: dict[str, Any] | None = None
     """Architecture to initialise at random instead of loading weights: `{model_type: qwen2, hidden_size: 64, ...}`."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the saved model to have otherwise: `{output_router_logits: true, router_aux_loss_coef: 0.01}`."""
     tokenizer: Text | None = None
     """Folder or hub id of the tokenizer; `path` when not given."""
     revision: str | None = None
@@ -66,8 +77,19 @@ class ModelConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero (as TRL does)."""
+    neftune_noise_alpha: float | None = Field(None, gt=0.0)
+    """Size of the uniform noise on the embeddings in training (NEFTune, arXiv 2310.05914); none when not given."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of fp32 matrix products: `high` allows TF32 on GPUs that have it, `medium` bf16."""
+    compile: CompileConfig | None = None
+    """Compile the forward and backward pass with torch.compile."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
+    adapter: Text | None = None
+    """Folder or hub id of a saved LoRA adapter to go on training, instead of the new one of `lora`."""
+    quantization: dict[str, Any] | None = None
+    """Load the frozen weights under an adapter in 4 or 8 bits: fields of transformers' BitsAndBytesConfig, such as
+    `{load_in_4bit: true, bnb_4bit_quant_type: nf4}`; bnb_4bit_compute_dtype is `dtype` when not given."""
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -84,11 +106,31 @@ class ModelConfig(Config):
                 raise ValueError(f"from_config needs model_type; got keys {sorted(self.from_config)}")
             if self.tokenizer_path is None:
                 raise ValueError("from_config has no tokenizer: set model.tokenizer to a folder or hub id")
+            given = [name for name in ("overrides", "adapter", "quantization") if getattr(self, name)]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} belongs to a saved model: set path instead of from_config"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_adapter(self) -> Self:
+        if self.lora is not None and self.adapter is not None:
+            raise ValueError("lora makes a new adapter and adapter goes on with a saved one: leave one out")
+        if self.quantization is not None and not self.has_adapter:
+            raise ValueError(
+                "quantization freezes the weights: set lora or adapter, or there is nothing to train"
+            )
         return self
 
     @property
     def tokenizer_path(self) -> str | None:
         return self.tokenizer or self.path
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether low-rank adapters are trained, on frozen weights."""
+        return self.lora is not None or self.adapter is not None
 
 
 class Source(Config):
@@ -329,6 +371,8 @@ class RunConfig(Config):
     """Stop after this many optimizer steps, whatever epochs says."""
     seed: int = Field(42, ge=0)
     """Of the order of the pairs, of new weights and of dropout."""
+    full_determinism: bool = False
+    """Use deterministic algorithms alone (slower); without it a run on GPUs repeats up to rounding."""
     log_steps: Interval | None = 1
     """Optimizer steps per line of metrics.jsonl, a share of all steps (0.05), or `epoch`; none: the last alone."""
     log_first_step: bool = False
@@ -341,6 +385,8 @@ class RunConfig(Config):
     """Optimizer steps between checkpoints, a share of all steps, or `epoch`; when not given, one at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept, besides the best one."""
+    report_to: list[Text] = Field(default_factory=list)
+    """Trackers besides metrics.jsonl and TensorBoard, by transformers' names: `wandb`, `mlflow`, `trackio`, ..."""
     best_metric: str | None = None
     """Metric whose best checkpoint is kept: `eval_rewards/accuracies` when there is an evaluation set."""
     max_failures: int = Field(0, ge=-1)

@@ -13,6 +13,10 @@ class Engine(Protocol):
     module: nn.Module
     """The model itself; its weights may be sharded."""
     device: torch.device
+    optimizer: Any
+    """The one that steps; DeepSpeed wraps it."""
+    schedule: Any
+    """Of the learning rate."""
 
     def forward(self, **inputs: Any) -> Any:
         """The model's output; this, not `module`, is what training calls."""

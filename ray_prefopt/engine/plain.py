@@ -31,8 +31,8 @@ class PlainEngine:
         self.device = device
         self._dtype = dtype
         self._max_grad_norm = optim.max_grad_norm or math.inf
-        self._optimizer = build_optimizer(self.module, optim)
-        self._schedule = build_schedule(self._optimizer, optim, total_steps)
+        self.optimizer = build_optimizer(self.module, optim)
+        self.schedule = build_schedule(self.optimizer, optim, total_steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._trainable = [weight for weight in self.module.parameters() if weight.requires_grad]
 
@@ -53,27 +53,27 @@ class PlainEngine:
         if dist.is_initialized() and dist.get_world_size() > 1:
             for weight in self._trainable:
                 dist.all_reduce(weight.grad)
-        self._scaler.unscale_(self._optimizer)
+        self._scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._trainable, self._max_grad_norm))
         if not math.isfinite(norm) and not self._scaler.is_enabled():
             raise NonFiniteError(f"the gradient norm is {norm}")
-        self._scaler.step(self._optimizer)
+        self._scaler.step(self.optimizer)
         self._scaler.update()
         if math.isfinite(norm):  # else the scaler has left the step out
-            self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def learning_rate(self) -> float:
-        return float(self._schedule.get_last_lr()[0])
+        return float(self.schedule.get_last_lr()[0])
 
     def save(self, folder: Path) -> None:
         if dist.is_initialized() and dist.get_rank() > 0:
             return
         save_model(self.module, str(folder / "model.safetensors"))
         states = {
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
         torch.save(states, folder / "engine.pt")
@@ -82,8 +82,8 @@ class PlainEngine:
         try:
             load_model(self.module, str(folder / "model.safetensors"))
             states = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
-            self._optimizer.load_state_dict(states["optimizer"])
-            self._schedule.load_state_dict(states["schedule"])
+            self.optimizer.load_state_dict(states["optimizer"])
+            self.schedule.load_state_dict(states["schedule"])
             self._scaler.load_state_dict(states["scaler"])
         except Exception as error:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from error

@@ -98,6 +98,8 @@ class ZeroEngine:
         self._engine._copy_recovery_script = lambda _: None  # export does what that script does
         self.module = module
         self.device = device
+        self.optimizer = self._engine.optimizer
+        self.schedule = self._engine.lr_scheduler
         autocast = ds_config["torch_autocast"]
         self._scales_loss = ds_config["fp16"]["enabled"] or (
             autocast["enabled"] and autocast["dtype"] == "float16"
@@ -151,7 +153,7 @@ class ZeroEngine:
     def load(self, folder: Path) -> None:
         if not (folder / TAG).is_dir():
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
-        own_options = [dict(group) for group in self._optimizer.param_groups]
+        own_options = [dict(group) for group in self._inner_optimizer.param_groups]
         try:
             path, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
@@ -166,16 +168,16 @@ class ZeroEngine:
 
     def _mend_universal(self, own_options: list[dict[str, Any]]) -> None:
         """Stage 3 loads one step counter for all weights to count up, and the first group's options into all groups."""
-        for group, own in zip(self._optimizer.param_groups, own_options, strict=True):
+        for group, own in zip(self._inner_optimizer.param_groups, own_options, strict=True):
             group["weight_decay"] = own["weight_decay"]
-        for state in self._optimizer.state.values():
+        for state in self._inner_optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
 
     @property
-    def _optimizer(self) -> Optimizer:
+    def _inner_optimizer(self) -> Optimizer:
         """The one over this rank's shards."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def to_universal(folder: Path, out: Path) -> None:

@@ -30,7 +30,6 @@ def make_objective(config: LossConfig, *, aux_loss_coef: float = 0.0) -> Objecti
     pairs, (), without gradient, under TRL's metric names (`nll_loss` is a sum over `nll_weight`: tokens, or pairs where
     it is averaged over micro-batches).
     """
-    alpha = getattr(config, "alpha", 0.0)
 
     def objective(logps: PairLogps, weights: Tensor, totals: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
         share = weights.sum() / totals.pairs
@@ -39,7 +38,7 @@ def make_objective(config: LossConfig, *, aux_loss_coef: float = 0.0) -> Objecti
             loss = loss + config.cpo_alpha * _nll(config, logps, weights, totals)
         if logps.aux_loss is not None:
             loss = loss + aux_loss_coef * share * logps.aux_loss
-        return loss, _metric_sums(logps, weights, loss, config, alpha)
+        return loss, _metric_sums(logps, weights, loss, config)
 
     return objective
 
@@ -60,6 +59,15 @@ def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
     )
 
 
+def pair_rewards(config: LossConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """The implicit rewards of the chosen and the rejected completion of each pair, (B,) each."""
+    is_summed = isinstance(config, CPOLoss)
+    chosen = logps.chosen if is_summed else logps.chosen_mean
+    rejected = logps.rejected if is_summed else logps.rejected_mean
+    alpha = getattr(config, "alpha", 0.0)
+    return config.beta * alpha_reward(chosen, alpha), config.beta * alpha_reward(rejected, alpha)
+
+
 def _nll(config: LossConfig, logps: PairLogps, weights: Tensor, totals: StepTotals) -> Tensor:
     """This micro-batch's share of the token-mean negative log-likelihood of the chosen completions, a scalar."""
     nll = -(weights * logps.chosen).sum()
@@ -70,21 +78,16 @@ def _nll(config: LossConfig, logps: PairLogps, weights: Tensor, totals: StepTota
 
 
 @torch.no_grad()
-def _metric_sums(
-    logps: PairLogps, weights: Tensor, loss: Tensor, config: LossConfig, alpha: float
-) -> dict[str, Tensor]:
+def _metric_sums(logps: PairLogps, weights: Tensor, loss: Tensor, config: LossConfig) -> dict[str, Tensor]:
     is_summed = isinstance(config, CPOLoss)
-    chosen = logps.chosen if is_summed else logps.chosen_mean
-    rejected = logps.rejected if is_summed else logps.rejected_mean
-    reward_chosen = config.beta * alpha_reward(chosen, alpha)
-    reward_rejected = config.beta * alpha_reward(rejected, alpha)
+    reward_chosen, reward_rejected = pair_rewards(config, logps)
     per_pair = {
         "rewards/chosen": reward_chosen,
         "rewards/rejected": reward_rejected,
         "rewards/accuracies": (reward_chosen > reward_rejected).float(),
         "rewards/margins": reward_chosen - reward_rejected,
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
+        "logps/chosen": logps.chosen if is_summed else logps.chosen_mean,
+        "logps/rejected": logps.rejected if is_summed else logps.rejected_mean,
         "logps_mean/chosen": logps.chosen_mean,
         "logps_mean/rejected": logps.rejected_mean,
         "logps_mean/accuracies": (logps.chosen_mean > logps.rejected_mean).float(),

@@ -45,6 +45,8 @@ class LoopState:
     best_value: float | None = None
     """Best value of run.best_metric so far."""
     best_step: int | None = None
+    stopped: bool = False
+    """A callback ended training here, before the last step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,25 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+import ray.exceptions
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tensorboardX import SummaryWriter
 
+from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import PrefoptError
+from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import LoopState, write_text
+from ray_prefopt.training.predictions import Evaluation
+from ray_prefopt.training.trackers import Trackers, environment
 
+CLOSE_S = 60.0
+"""Longest wait for trackers to finish."""
 Event = tuple[str, Any]
 """Kind (`started`, `metrics`, `saved`, `warning`) and what belongs to it."""
 
@@ -20,7 +29,8 @@ Event = tuple[str, Any]
 class RunLog:
     """Writes metrics.jsonl and TensorBoard events, and keeps the events of this attempt for the driver's display."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, config: TrainConfig | None = None) -> None:
+        """With a config, its trackers are told too."""
         self._fs, self._folder = url_to_fs(folder)
         self._path = f"{self._folder}/metrics.jsonl"
         self._records: list[dict[str, Any]] = []
@@ -31,6 +41,9 @@ class RunLog:
         self._events: list[Event] = []
         self._board: SummaryWriter | None = None
         self._fatal: PrefoptError | None = None
+        self._evaluation: Evaluation | None = None
+        self._callbacks: Returned | None = None
+        self._trackers = Trackers(config, folder, self.warn) if config else None
 
     def started(self, state: LoopState) -> None:
         """Workers begin after `state.step`: what was logged beyond it will be logged again."""
@@ -44,6 +57,8 @@ class RunLog:
                 purge_step=state.step + 1,
                 filename_suffix=f".{time.time_ns()}",  # names have seconds: one begun in the same would be overwritten
             )
+        if self._trackers:
+            self._trackers.begin(state.step)
         self._events.append(("started", state))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -56,11 +71,28 @@ class RunLog:
                 if name != "step":
                     prefix = "" if name.startswith("eval_") else "train/"
                     self._board.add_scalar(prefix + name, value, record["step"])
+        if self._trackers:
+            self._trackers.log(record)
         self._events.append(("metrics", record))
 
     def saved(self, path: str, step: int) -> None:
         self.flush()
         self._events.append(("saved", (path, step)))
+
+    def evaluated(self, found: Evaluation) -> None:
+        """What `loop.evaluate_worker` returned."""
+        self.log({"step": 0, **found.record})
+        self._evaluation = found
+
+    def evaluation(self) -> Evaluation | None:
+        return self._evaluation
+
+    def returned(self, callbacks: Returned) -> None:
+        self._callbacks = callbacks
+
+    def callbacks(self) -> Returned | None:
+        """As they were when training ended."""
+        return self._callbacks
 
     def warn(self, text: str) -> None:
         self._events.append(("warning", text))
@@ -78,9 +110,32 @@ class RunLog:
     def records(self) -> list[dict[str, Any]]:
         return self._records
 
+    def close(self) -> None:
+        """No more is to come."""
+        if self._trackers:
+            self._trackers.end()
+
     def flush(self) -> None:
         """Make the file hold every record; object stores have no append, so there it happens at checkpoints."""
         self._fs.makedirs(self._folder, exist_ok=True)
         write_text(self._fs, self._path, "".join(json.dumps(record) + "\n" for record in self._records))
         if self._board is not None:
             self._board.flush()
+
+
+def start_log(config: TrainConfig, folder: str) -> Any:
+    """The actor of a run, with the trackers of run.report_to, set up as the driver's environment says."""
+    if not config.run.report_to:
+        return RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
+    with_trackers = RunLog.options(runtime_env={"env_vars": environment()})  # type: ignore[attr-defined]
+    return with_trackers.remote(folder, config)
+
+
+@contextmanager
+def closing_log(log: Any) -> Iterator[None]:
+    """Close the log at the end, whatever the end is; trackers may have files to finish."""
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError):  # the node of the log is gone
+            ray.get(log.close.remote(), timeout=CLOSE_S)

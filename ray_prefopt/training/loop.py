@@ -1,16 +1,19 @@
 """What every worker of a run does: the same loop on each rank, in step with the others."""
 
+import json
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
+from fsspec.core import url_to_fs
+from transformers import TrainerState
 
 from ray_prefopt.config import Interval, RunConfig, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
@@ -23,7 +26,9 @@ from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
+from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
 from ray_prefopt.training.checkpoint import (
     Checkpoint,
     LoopState,
@@ -34,10 +39,13 @@ from ray_prefopt.training.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.metrics import METRICS, MetricSums
+from ray_prefopt.training.predictions import Evaluation, Predictions, computed
 from ray_prefopt.training.step import StepInput, evaluate, train_step
 
 Record = dict[str, float]
+Repack = Callable[[list[TokenizedPair]], list[TokenizedPair]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Job:
     """Folder of prepared pairs; None: evaluate only."""
     eval_blocks: Mapping[str, str]
     """Folders of the evaluation sets by name."""
+
+    hooks: Hooks = field(default_factory=Hooks)
 
     @property
     def checkpoints(self) -> str:
@@ -68,79 +78,168 @@ class Reports:
     warn: Callable[[str], None]
     report: Callable[[Record], None]
     """To Ray Train, by all ranks: a barrier."""
+    returned: Callable[[Returned], None] = lambda _: None
 
 
 def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
-    """Train to the end of the plan, from the newest checkpoint if there is one."""
-    config, run = job.config, job.config.run
-    torch.set_num_threads(run.cpus_per_worker)
+    """Train to the end of the plan, or until a callback says stop, from the newest checkpoint if there is one."""
+    config = job.config
+    torch.set_num_threads(config.run.cpus_per_worker)
     checkpoint = _starting_point(job)
-    state = checkpoint.state if checkpoint else LoopState()
     assert job.train_blocks is not None
     blocks = open_blocks(job.train_blocks)
     plan = make_plan(config, blocks)
     engine = _engine_at(config, plan.total_steps, device, checkpoint)
-    _check_order(plan, state)
-    objective = make_objective(config.loss, aux_loss_coef=aux_loss_coef(engine))
-    evaluations = _eval_sets(job)
+    return _Training(job, reports, engine, plan, blocks, checkpoint).run()
 
-    def evaluate_now(state: LoopState) -> LoopState:
-        record = _evaluate_all(engine, evaluations, objective)
-        reports.log({"step": state.step, "epoch": plan.epoch_at(state.step), **record})
-        metric = best_metric(run, evaluations)
+
+class _Training:
+    """One attempt of a run, on one rank."""
+
+    def __init__(
+        self,
+        job: Job,
+        reports: Reports,
+        engine: Engine,
+        plan: Plan,
+        blocks: Blocks,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._job, self._run, self._reports = job, job.config.run, reports
+        self._engine, self._plan, self._blocks = engine, plan, blocks
+        self._state = checkpoint.state if checkpoint else LoopState()
+        _check_order(plan, self._state)
+        self._objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
+        self._evaluations = _eval_sets(job)
+        self._best_metric = best_metric(
+            self._run, self._evaluations, is_open=job.hooks.compute_metrics is not None
+        )
+        self._due = Due(self._run, plan.steps_per_epoch, plan.total_steps)
+        self._metrics = MetricSums()
+        self._meter = Meter()
+        self._callbacks = _callbacks(job, engine, plan, self._best_metric, checkpoint)
+
+    def run(self) -> LoopState:
+        self._reports.started(self._state)
+        self._callbacks.call("on_train_begin")
+        if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
+            self._evaluate()
+        reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
+        inputs = step_inputs(
+            self._plan, self._blocks, reader, self._state.step, self._job.pad_id, self._job.hooks.repack
+        )
+        with closing(Prefetched(inputs)) as prefetched:
+            for inputs_of_step in prefetched:
+                self._step(inputs_of_step, prefetched)
+                if self._state.stopped:
+                    break
+        self._callbacks.call("on_train_end")
+        self._reports.returned(Returned.of(self._callbacks.callbacks))
+        return self._state
+
+    def _step(self, inputs: StepInput, prefetched: Prefetched[StepInput]) -> None:
+        """One optimizer step, and what is due after it."""
+        plan, callbacks = self._plan, self._callbacks
+        seed_step(self._run.seed, inputs.step)
+        if inputs.step % plan.steps_per_epoch == 0:
+            callbacks.call("on_epoch_begin")
+        callbacks.call("on_step_begin")
+        learning_rate = self._engine.learning_rate()
+        grad_norm = train_step(self._engine, inputs, self._objective, self._metrics, callbacks.call)
+        ids = plan.step_ids(inputs.step)
+        step = inputs.step + 1
+        self._state = replace(self._state, step=step, order_hash=extend_hash(self._state.order_hash, ids))
+        self._meter.add(len(ids), int(self._blocks.total_lengths[ids].sum()))
+
+        due = self._due
+        callbacks.at(step, plan.epoch_at(step))
+        callbacks.expect(log=due.log(step), evaluate=due.evaluate(step), save=due.save(step))
+        callbacks.call("on_step_end")
+        if step % plan.steps_per_epoch == 0:
+            callbacks.call("on_epoch_end")
+        control = callbacks.agree()
+        is_stopped = control.should_training_stop and step < plan.total_steps
+        record = {"step": step, "epoch": plan.epoch_at(step)}
+        if control.should_log or is_stopped:
+            record |= self._metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            self._log(record | self._meter.read(prefetched.wait_s))
+        with self._meter.paused():
+            if control.should_evaluate and self._evaluations:
+                self._evaluate()
+                is_stopped = callbacks.agree().should_training_stop and step < plan.total_steps
+            self._state = replace(self._state, stopped=is_stopped)
+            if control.should_save or is_stopped:
+                self._save()
+                self._reports.report(record)
+
+    def _log(self, record: Record) -> None:
+        self._reports.log(record)
+        self._callbacks.state.log_history.append(record)
+        self._callbacks.call("on_log", logs=dict(record))
+
+    def _evaluate(self) -> None:
+        found = _evaluate_all(self._engine, self._evaluations, self._objective, self._job)
+        self._log({"step": self._state.step, "epoch": self._plan.epoch_at(self._state.step), **found.record})
+        self._callbacks.call("on_evaluate", metrics=dict(found.record))
+        metric = self._best_metric
         if metric is None:
-            return state
-        return better(state, -record[metric] if metric.endswith("loss") else record[metric])
+            return
+        if metric not in found.record:
+            raise ConfigError(f"run.best_metric {metric!r} is not among {', '.join(found.record)}")
+        value = found.record[metric]
+        self._state = better(self._state, -value if metric.endswith("loss") else value)
+        if self._state.best_step == self._state.step:
+            self._callbacks.state.best_metric = value
+            self._callbacks.state.best_global_step = self._state.step
 
-    def save_now(state: LoopState) -> None:
+    def _save(self) -> None:
+        run, state = self._run, self._state
+        extra = {"config.json": self._job.config.model_dump_json(indent=1)}
+        if self._callbacks.callbacks:
+            extra[STATE_FILE] = self._callbacks.text()
         try:
             saved = save_checkpoint(
-                engine.save,
-                state,
-                job.checkpoints,
-                extra={"config.json": config.model_dump_json(indent=1)},
-                retained=run.keep_checkpoints,
+                self._engine.save, state, self._job.checkpoints, extra=extra, retained=run.keep_checkpoints
             )
-            reports.saved(saved)
         except CheckpointError as error:
-            if run.on_save_error == "stop" or state.step == plan.total_steps:
+            if run.on_save_error == "stop" or state.stopped or state.step == self._plan.total_steps:
                 raise
-            reports.warn(str(error))
-
-    reports.started(state)
-    if run.eval_on_start and state.step == 0 and evaluations:
-        state = evaluate_now(state)
-    meter = Meter()
-    metrics = MetricSums()
-    due = Due(run, plan.steps_per_epoch, plan.total_steps)
-    reader = PairReader(blocks, max_pairs=config.data.shuffle_window)
-    with closing(Prefetched(step_inputs(plan, blocks, reader, state.step, job.pad_id))) as inputs:
-        for inputs_of_step in inputs:
-            seed_step(run.seed, state.step)
-            learning_rate = engine.learning_rate()
-            grad_norm = train_step(engine, inputs_of_step, objective, metrics)
-            ids = plan.step_ids(state.step)
-            state = replace(state, step=state.step + 1, order_hash=extend_hash(state.order_hash, ids))
-            meter.add(len(ids), int(blocks.total_lengths[ids].sum()))
-            record = {"step": state.step, "epoch": plan.epoch_at(state.step)}
-            if due.log(state.step):
-                record |= metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-                reports.log(record | meter.read(inputs.wait_s))
-            with meter.paused():
-                if due.evaluate(state.step) and evaluations:
-                    state = evaluate_now(state)
-                if due.save(state.step):
-                    save_now(state)
-                    reports.report(record)
-    return state
+            self._reports.warn(str(error))
+            return
+        self._reports.saved(saved)
+        if state.best_step == state.step:
+            self._callbacks.state.best_model_checkpoint = saved.path
+        self._callbacks.call("on_save")
 
 
-def evaluate_worker(job: Job, device: torch.device) -> Record:
-    """The metrics of every evaluation set, of the model or of the checkpoint that run.resume_from names."""
+def _callbacks(
+    job: Job, engine: Engine, plan: Plan, metric: str | None, checkpoint: Checkpoint | None
+) -> Callbacks:
+    """The callbacks of a run as its checkpoint left them."""
+    hooks, run = job.hooks, job.config.run
+    if not hooks.callbacks:
+        return Callbacks((), None, TrainerState(), engine, None)
+    arguments = hooks.arguments or arguments_of(job.config, job.folder, metric)
+    state = TrainerState()
+    if checkpoint is not None:
+        fs, folder = url_to_fs(checkpoint.path)
+        if fs.exists(f"{folder}/{STATE_FILE}"):
+            state = TrainerState(**json.loads(fs.cat_file(f"{folder}/{STATE_FILE}")))
+    state.max_steps = plan.total_steps
+    state.num_train_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
+    state.is_world_process_zero = ranks.rank() == 0
+    state.is_local_process_zero = int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0
+    state.train_batch_size = run.micro_batch
+    state.compute_steps(arguments, plan.total_steps)
+    return Callbacks(hooks.callbacks, arguments, state, engine, load_tokenizer(job.config.model))
+
+
+def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
+    """Every evaluation set, by the model or by the checkpoint that run.resume_from names."""
     torch.set_num_threads(job.config.run.cpus_per_worker)
     engine = _engine_at(job.config, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-    return _evaluate_all(engine, _eval_sets(job), objective)
+    return _evaluate_all(engine, _eval_sets(job), objective, job)
 
 
 def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
@@ -156,20 +255,22 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
 
 
 def step_inputs(
-    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pad_id: int
+    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pad_id: int, repack: Repack | None = None
 ) -> Iterator[StepInput]:
     """This rank's inputs of every step from `start` to the end of the plan."""
     rank, world_size = ranks.rank(), ranks.world_size()
     for step in range(start, plan.total_steps):
         ids = plan.step_ids(step)
         micro_ids = plan.micro_batches(step, rank, world_size)
-        batches = [_batch(reader, micro, ids, pad_id) for micro in micro_ids]
+        batches = [_batch(reader, micro, ids, pad_id, repack) for micro in micro_ids]
         yield StepInput(step, StepTotals(len(ids), int(blocks.chosen_lengths[ids].sum())), batches, micro_ids)
 
 
-def _batch(reader: PairReader, ids: Ids, others: Ids, pad_id: int) -> PairBatch:
+def _batch(reader: PairReader, ids: Ids, others: Ids, pad_id: int, repack: Repack | None) -> PairBatch:
     """The pairs with these ids; one of `others` with weight 0 when there are none, so that ranks stay in step."""
     pairs: list[TokenizedPair] = reader.read(ids if len(ids) else others[:1])
+    if repack is not None:
+        pairs = repack(pairs)
     return collate(pairs, pad_id=pad_id, weight=1.0 if len(ids) else 0.0)
 
 
@@ -180,46 +281,61 @@ class EvalSet:
     blocks: Blocks
     micro_batch: int
     pad_id: int
+    repack: Repack | None = None
 
     @property
     def totals(self) -> StepTotals:
         return StepTotals(self.blocks.num_pairs, int(self.blocks.chosen_lengths.sum()))
 
+    def micro_ids(self) -> list[Ids]:
+        """Pair ids of this rank's micro-batches; empty for filler."""
+        lengths = self.blocks.total_lengths
+        return deal(np.arange(len(lengths)), lengths, self.micro_batch, ranks.rank(), ranks.world_size())
+
     def batches(self) -> Iterator[PairBatch]:
-        ids = np.arange(self.blocks.num_pairs)
         reader = PairReader(self.blocks)
-        for micro in deal(ids, self.blocks.total_lengths, self.micro_batch, ranks.rank(), ranks.world_size()):
-            yield _batch(reader, micro, ids, self.pad_id)
+        for micro in self.micro_ids():
+            yield _batch(reader, micro, np.arange(1), self.pad_id, self.repack)
 
 
 def _eval_sets(job: Job) -> dict[str, EvalSet]:
     micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
     return {
-        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id)
+        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id, job.hooks.repack)
         for name, folder in job.eval_blocks.items()
     }
 
 
-def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Objective) -> Record:
+def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Objective, job: Job) -> Evaluation:
     record: Record = {}
+    predictions = {}
     for name, held_out in sets.items():
         prefix = f"eval_{name}_" if name else "eval_"
+        kept = (
+            Predictions(job.hooks, job.config.loss, held_out.micro_ids())
+            if job.hooks.wants_predictions
+            else None
+        )
         with closing(Prefetched(held_out.batches())) as batches:
-            values = evaluate(engine, batches, objective, held_out.totals)
-        record |= {prefix + metric: value for metric, value in values.items()}
-    return record
+            values = evaluate(engine, batches, objective, held_out.totals, kept.add if kept else None)
+        if kept:
+            predictions[name] = kept.gathered()
+            values |= computed(job.hooks, predictions[name])
+        record |= {prefix + metric.removeprefix("eval_"): value for metric, value in values.items()}
+    return Evaluation(record, predictions if job.hooks.keep_predictions else {})
 
 
-def best_metric(run: RunConfig, sets: Iterable[str]) -> str | None:
+def best_metric(run: RunConfig, sets: Iterable[str], *, is_open: bool = False) -> str | None:
     """The metric that says which checkpoint is best: run.best_metric, or reward accuracy of the first set.
 
-    Raises ConfigError when no evaluation set, of which these are the names, has it.
+    Raises ConfigError when no evaluation set, of which these are the names, has it; `is_open` when there may be metrics
+    of the user's own.
     """
     prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
     if run.best_metric is None:
         return f"{prefixes[0]}rewards/accuracies" if prefixes else None
     known = [prefix + metric for prefix in prefixes for metric in METRICS]
-    if run.best_metric not in known:
+    if run.best_metric not in known and not (is_open and prefixes):
         advice = suggest(run.best_metric, known) or (
             f" There are {', '.join(known)}" if known else " There is no evaluation set: set data.eval"
         )

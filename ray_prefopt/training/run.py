@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 from fsspec.core import url_to_fs
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, EvalPrediction, PretrainedConfig
 
 from ray_prefopt.config import ModelConfig, Source, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
@@ -23,6 +23,7 @@ from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
     LoopState,
     checkpoint_at,
@@ -34,16 +35,20 @@ from ray_prefopt.training.checkpoint import (
 )
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export
-from ray_prefopt.training.log import RunLog
+from ray_prefopt.training.hooks import Hooks, check_portable
+from ray_prefopt.training.log import closing_log, start_log
 from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
+from ray_prefopt.training.predictions import Evaluation
+from ray_prefopt.training.trackers import check_trackers
 from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 
 logger = logging.getLogger(__name__)
 
+NO_HOOKS = Hooks()
 MAY_CHANGE = {
     "num_workers", "use_gpu", "cpus_per_worker", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
     "eval_on_start", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
-    "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path",
+    "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path", "report_to",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
@@ -73,17 +78,20 @@ class EvalResult:
     pairs: dict[str, int]
     """Of each evaluation set by its name; an unnamed one is `eval`."""
     metrics: Record
+    predictions: dict[str, EvalPrediction] = field(default_factory=dict)
+    """Of each set, when hooks.keep_predictions asks for them."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, hooks: Hooks = NO_HOOKS) -> TrainResult:
     """Fine-tune a model on preference pairs: from pairs to a Hugging Face folder.
 
-    The same config again resumes a run that did not finish, and returns the result of one that did. Raises
+    The same config again resumes a run that did not finish, and returns the result of one that did. `hooks` is Python
+    that runs on the workers; what its callbacks gather there is theirs again afterwards. Raises
     PrefoptError: ConfigError, DataError, ModelError, ResourceError and CheckpointError before any worker starts,
     NonFiniteError and TrainingError later.
     """
     config = resolved(config)
-    _check(config)
+    _check(config, hooks)
     folder = _folder(config)
     if not config.run.force_new:
         _refuse_other_config(config, folder)
@@ -95,12 +103,24 @@ def train(config: TrainConfig) -> TrainResult:
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
     _claim(config, folder)
-    job = _job(config, folder, train_blocks=train_blocks)
-    log = RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
-    if _state_on_disk(job).step < total_steps:
-        with Display(log, total_steps):
+    job = _job(config, folder, hooks, train_blocks=train_blocks)
+    log = start_log(config, folder)
+    state = _state_on_disk(job)
+    if state.step < total_steps and not state.stopped:
+        with Display(log, total_steps), closing_log(log):
             run_training(job, log)
+        _give_back(hooks, log)
     return _finish(job, ray.get(log.records.remote()))
+
+
+def _give_back(hooks: Hooks, log: Any) -> None:
+    """What callbacks gathered on rank 0 becomes that of the driver's own objects."""
+    returned: Returned | None = ray.get(log.callbacks.remote())
+    if returned is not None:
+        for name in returned.give_back(hooks.callbacks):
+            logger.warning(
+                "%s holds something that cannot leave its worker: it is as it was before training", name
+            )
 
 
 def prepare_data(config: TrainConfig) -> list[dict[str, Any]]:
@@ -112,7 +132,7 @@ def prepare_data(config: TrainConfig) -> list[dict[str, Any]]:
     return [{"folder": blocks.folder, **blocks.manifest} for blocks in prepared]
 
 
-def evaluate(config: TrainConfig) -> EvalResult:
+def evaluate(config: TrainConfig, *, hooks: Hooks = NO_HOOKS) -> EvalResult:
     """Reward accuracy, margins and log-probabilities of a model on data.eval.
 
     The model is model.path: a Hugging Face folder or id, a checkpoint, or the folder of a run for its newest one.
@@ -121,16 +141,16 @@ def evaluate(config: TrainConfig) -> EvalResult:
         raise ConfigError("nothing to evaluate on: got no data.eval; set it to held-out pairs")
     model = str(config.model.path)
     config = _of_checkpoint(resolved(config))
-    _check(config)
+    _check(config, hooks)
     start_ray()
     folder = f"{config.run.storage_path}/evaluations/{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-    job = _job(config, folder, train_blocks=None)
-    log = RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
+    job = _job(config, folder, hooks, train_blocks=None)
+    log = start_log(config, folder)
     run_evaluation(job, log)
-    metrics = ray.get(log.records.remote())[-1]
-    del metrics["step"]
+    found: Evaluation = ray.get(log.evaluation.remote())
     pairs = {name or "eval": open_blocks(path).num_pairs for name, path in job.eval_blocks.items()}
-    return EvalResult(model, pairs, metrics)
+    predictions = {name or "eval": kept for name, kept in found.predictions.items()}
+    return EvalResult(model, pairs, found.record, predictions)
 
 
 def _of_checkpoint(config: TrainConfig) -> TrainConfig:
@@ -223,10 +243,12 @@ def _describe_run(config: TrainConfig) -> dict[str, Any]:
 # --- Checks ---
 
 
-def _check(config: TrainConfig) -> PretrainedConfig:
-    """Everything about model, engine and metrics that a driver can find out in seconds."""
+def _check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
+    """Everything about model, engine, metrics and hooks that a driver can find out in seconds."""
     check_optim(config.optim)
-    best_metric(config.run, config.data.eval_sets)
+    check_trackers(config.run.report_to)
+    check_portable(hooks)
+    best_metric(config.run, config.data.eval_sets, is_open=hooks.compute_metrics is not None)
     architecture = load_architecture(config.model)
     check_tokenizer(architecture, load_tokenizer(config.model))
     if config.engine.kind == "zero":
@@ -320,13 +342,14 @@ def _claim(config: TrainConfig, folder: str) -> None:
     write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
 
 
-def _job(config: TrainConfig, folder: str, *, train_blocks: Blocks | None) -> Job:
+def _job(config: TrainConfig, folder: str, hooks: Hooks, *, train_blocks: Blocks | None) -> Job:
     return Job(
         config,
         folder,
         load_tokenizer(config.model).pad_token_id,
         train_blocks.folder if train_blocks else None,
         {name: _prepare(config, sources).folder for name, sources in config.data.eval_sets.items()},
+        hooks,
     )
 
 

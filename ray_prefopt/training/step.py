@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation: functions of an engine, micro-batches and an objective."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from ray_prefopt.data.collate import PairBatch
 from ray_prefopt.data.plan import Ids
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import NonFiniteError
+from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.training import ranks
@@ -27,14 +28,23 @@ class StepInput:
     """Pair ids of each micro-batch; empty for filler."""
 
 
-def train_step(engine: Engine, inputs: StepInput, objective: Objective, metrics: MetricSums) -> float:
+def train_step(
+    engine: Engine,
+    inputs: StepInput,
+    objective: Objective,
+    metrics: MetricSums,
+    notify: Callable[[str], None] = lambda _: None,
+) -> float:
     """Forward and backward over the micro-batches, then one update; returns the gradient norm before clipping.
 
-    Raises NonFiniteError on every rank, before anything moved, with the pairs of the first bad micro-batch.
+    `notify` hears of `on_substep_end`, `on_pre_optimizer_step` and `on_optimizer_step`, as callbacks name them. Raises
+    NonFiniteError on every rank, before anything moved, with the pairs of the first bad micro-batch.
     """
     keep_logits = keeps_logits(engine.module)
-    losses = []
+    losses: list[torch.Tensor] = []
     for batch in inputs.micro_batches:
+        if losses:
+            notify("on_substep_end")
         batch = batch.to(engine.device)
         logps = pair_logps(engine.forward, batch, keep_logits=keep_logits)
         loss, sums = objective(logps, batch.weights_B, inputs.totals)
@@ -42,12 +52,14 @@ def train_step(engine: Engine, inputs: StepInput, objective: Objective, metrics:
         losses.append(loss.detach())
         metrics.add(sums)
     _check_finite(torch.stack(losses), inputs)
+    notify("on_pre_optimizer_step")
     try:
         norm = engine.step()
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {inputs.step + 1}: {error}, though every loss is finite; nothing was updated. {REMEDY}"
         ) from None
+    notify("on_optimizer_step")
     metrics.end_step()
     return norm
 
@@ -78,18 +90,26 @@ def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, batches: Iterable[PairBatch], objective: Objective, totals: StepTotals
+    engine: Engine,
+    batches: Iterable[PairBatch],
+    objective: Objective,
+    totals: StepTotals,
+    each: Callable[[PairLogps, PairBatch], None] | None = None,
 ) -> dict[str, float]:
-    """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice."""
+    """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice.
+
+    `each` gets the log-probabilities of every micro-batch.
+    """
     keep_logits = keeps_logits(engine.module)
     metrics = MetricSums()
     engine.module.eval()
     for batch in batches:
         batch = batch.to(engine.device)
-        _, sums = objective(
-            pair_logps(engine.forward, batch, keep_logits=keep_logits), batch.weights_B, totals
-        )
+        logps = pair_logps(engine.forward, batch, keep_logits=keep_logits)
+        _, sums = objective(logps, batch.weights_B, totals)
         metrics.add(sums)
+        if each is not None:
+            each(logps, batch)
     engine.module.train()
     metrics.end_step()
     return metrics.reduce()

@@ -42,7 +42,7 @@ def run_training(job: Job, log: Any) -> None:
 
 
 def run_evaluation(job: Job, log: Any) -> None:
-    """`loop.evaluate_worker` on all workers; its metrics are the log's last record. Raises as `run_training`."""
+    """`loop.evaluate_worker` on all workers; the log gets what it found. Raises as `run_training`."""
     _fit(_evaluate, job, log)
 
 
@@ -61,15 +61,16 @@ def _train(given: dict[str, Any]) -> None:
         saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
         warn=on_rank_0(log.warn.remote),
         report=ray.train.report,
+        returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
     )
     _guarded(log, lambda: train_worker(given["job"], _device(given["job"]), reports))
 
 
 def _evaluate(given: dict[str, Any]) -> None:
     def work() -> None:
-        record = evaluate_worker(given["job"], _device(given["job"]))
+        found = evaluate_worker(given["job"], _device(given["job"]))
         if ray.train.get_context().get_world_rank() == 0:
-            ray.get(given["log"].log.remote({"step": 0, **record}))
+            ray.get(given["log"].evaluated.remote(found))
 
     _guarded(given["log"], work)
 

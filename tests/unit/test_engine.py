@@ -264,7 +264,7 @@ def test_a_config_builds_its_engine() -> None:
     optim = {"learning_rate": 0.25, "schedule": "linear", "warmup_ratio": 0.5, "name": "adafactor"}
     engine = build_engine(config_of(optim=optim), total_steps=8, device=CPU)
     assert isinstance(engine, PlainEngine)
-    assert type(engine._optimizer).__name__ == "Adafactor"
+    assert type(engine.optimizer).__name__ == "Adafactor"
     train(engine, range(2))
     assert engine.learning_rate() == 0.125
     assert engine.module.training

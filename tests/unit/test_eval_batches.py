@@ -29,7 +29,8 @@ def evaluated(model: str, folder: Path, nll_average: str, **run: Any) -> dict[st
         }
     )
     blocks = write_blocks(folder / "blocks", PAIRS)
-    return evaluate_worker(Job(config, str(folder), 0, None, {"": blocks}), torch.device("cpu"))
+    job = Job(config, str(folder), 0, None, {"": blocks})
+    return evaluate_worker(job, torch.device("cpu")).record
 
 
 def test_the_evaluation_batch_is_its_own(model: str, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Experiment trackers: transformers' integrations, fed from the run's log.
+
+They live with the log, not with a worker, so that workers that are started again go on in the same tracked run; a run
+that is resumed finds the tracker's id in its folder.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.errors import ConfigError
+
+ENVIRONMENT = (
+    "CLEARML_",
+    "COMET_",
+    "DVCLIVE_",
+    "HF_MLFLOW_",
+    "MLFLOW_",
+    "NEPTUNE_",
+    "SWANLAB_",
+    "TRACKIO_",
+    "WANDB_",
+)
+"""Beginnings of the variables by which trackers are set up."""
+IDS = "trackers.json"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError when transformers has no integration of a name, or what it needs is not installed."""
+    for name in names:
+        try:
+            for kind in get_reporting_integration_callbacks([name]):
+                kind()
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"run.report_to: {name} cannot be used here: {error}") from error
+
+
+def environment() -> dict[str, str]:
+    """What the driver's environment says to trackers."""
+    return {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
+
+
+class Trackers:
+    """The integrations of a run. One that fails is left out from then on: tracking is never worth failing for."""
+
+    def __init__(self, config: TrainConfig, folder: str, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._folder = Path(folder) if "://" not in folder else None
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("WANDB_DIR", folder)
+            self._resume_ids(self._folder)
+        self._arguments = _Arguments(
+            output_dir=folder, run_name=config.run.name, seed=config.run.seed, use_cpu=True, report_to="none"
+        )
+        self._arguments.values = flat(config.model_dump(mode="json"))
+        self._state = TrainerState()
+        self._callbacks = [kind() for kind in get_reporting_integration_callbacks(list(config.run.report_to))]
+
+    def begin(self, step: int) -> None:
+        """Workers begin after `step`."""
+        self._state.global_step = step
+        self._call("on_train_begin")
+        if self._folder is not None:
+            (self._folder / IDS).write_text(json.dumps(_ids()))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._state.global_step, self._state.epoch = record["step"], record.get("epoch", 0.0)
+        self._call("on_log", logs={name: value for name, value in record.items() if name != "step"})
+
+    def end(self) -> None:
+        self._call("on_train_end")
+
+    def _call(self, event: str, **values: Any) -> None:
+        for callback in list(self._callbacks):
+            try:
+                getattr(callback, event)(self._arguments, self._state, TrainerControl(), model=None, **values)
+            except Exception as error:  # of a tracker and its network
+                self._callbacks.remove(callback)
+                self._warn(
+                    f"{type(callback).__name__} is left out from here on: {type(error).__name__}: {error}"
+                )
+
+    @staticmethod
+    def _resume_ids(folder: Path) -> None:
+        ids = json.loads((folder / IDS).read_text()) if (folder / IDS).exists() else {}
+        if "wandb" in ids:
+            os.environ |= {"WANDB_RUN_ID": ids["wandb"], "WANDB_RESUME": "allow"}
+        if "mlflow" in ids:
+            os.environ["MLFLOW_RUN_ID"] = ids["mlflow"]
+
+
+class _Arguments(TrainingArguments):
+    """What trackers read: the run's name, and its config where they expect transformers' arguments."""
+
+    values: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config by dotted names, as trackers show parameters.
+
+    >>> flat({"run": {"seed": 1, "name": "a"}})
+    {'run.seed': 1, 'run.name': 'a'}
+    """
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            named |= flat(value, f"{prefix}{name}.")
+        else:
+            named[prefix + name] = value
+    return named
+
+
+def _ids() -> dict[str, str]:
+    """Of the runs that are open in this process."""
+    ids = {}
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        ids["wandb"] = wandb.run.id
+    if (mlflow := sys.modules.get("mlflow")) is not None and (active := mlflow.active_run()) is not None:
+        ids["mlflow"] = active.info.run_id
+    return ids

@@ -1,0 +1,342 @@
+"""Python of the user's in the worker loop: which events come when, what they see, and what they can ask for."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.errors import ConfigError
+from ray_prefopt.training.callbacks import STATE_FILE, Returned
+from ray_prefopt.training.checkpoint import latest_checkpoint
+from ray_prefopt.training.hooks import Hooks, check_portable
+from ray_prefopt.training.loop import Job, Record, Reports, evaluate_worker, train_worker
+from tests.gang import run_gang
+from tests.invariant.training import STEPS, Inputs, StopError
+from tests.tiny import random_pairs
+
+
+class Recorder(TrainerCallback):
+    """Notes every event with the step it came at."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.logs: list[dict[str, float]] = []
+        self.seen: dict[str, Any] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("on_") and name not in ("on_log", "on_evaluate", "on_step_end"):
+            return functools.partial(object.__getattribute__(self, "_note"), name)
+        return object.__getattribute__(self, name)
+
+    def _note(self, event: str, args: Any, state: Any, control: Any, **values: Any) -> None:
+        self.events.append((event, state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **values: Any) -> None:
+        self._note("on_log", args, state, control)
+        assert state.log_history[-1] == logs
+        self.logs.append(logs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **values: Any) -> None:
+        self._note("on_evaluate", args, state, control)
+        self.seen["metrics"] = metrics
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **values: Any) -> None:
+        self._note("on_step_end", args, state, control)
+        self.seen |= {
+            "lr": values["optimizer"].param_groups[0]["lr"],
+            "scheduled": values["lr_scheduler"].get_last_lr()[0],
+            "vocabulary": len(values["processing_class"]),
+            "weights": sum(weight.numel() for weight in model.parameters()),
+            "epoch": state.epoch,
+            "max_steps": state.max_steps,
+            "is_first": state.is_world_process_zero,
+            "flags": (control.should_log, control.should_evaluate, control.should_save),
+        }
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+class AskAt(TrainerCallback):
+    """Asks for everything after one step that has nothing of it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        if state.global_step == 3:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+
+def worked(job: Job, *, die_at: int | None = None) -> tuple[list[Record], list[Any]]:
+    """Records, and callbacks as they are afterwards; dies after the checkpoint of a step if told so."""
+    records: list[Record] = []
+    returned: list[Returned] = []
+
+    def saved(checkpoint: Any) -> None:
+        if checkpoint.state.step == die_at:
+            raise StopError
+
+    reports = Reports(lambda _: None, records.append, saved, lambda _: None, lambda _: None, returned.append)
+    try:
+        train_worker(job, torch.device("cpu"), reports)
+    except StopError:
+        return records, []
+    attributes = [cloudpickle.loads(kept) for kept in returned[0].attributes if kept is not None]
+    return records, attributes
+
+
+def job_of(inputs: Inputs, config: TrainConfig, folder: Path, **hooks: Any) -> Job:
+    return dataclasses.replace(inputs.job(config, folder), hooks=Hooks(**hooks))
+
+
+def test_events_come_in_the_order_of_transformers(inputs: Inputs, tmp_path: Path) -> None:
+    """50 pairs in steps of 16 by micro-batches of 4: four steps of 4, 4, 4 and 1 micro-batches, one epoch."""
+    config = inputs.config(run={"eval_steps": 2, "save_steps": 2, "log_steps": 2, "log_first_step": True})
+    records, (recorder,) = worked(job_of(inputs, config, tmp_path, callbacks=(Recorder(),)))
+    step = [
+        ("on_step_begin", 0),
+        *[("on_substep_end", 0)] * 3,
+        ("on_pre_optimizer_step", 0),
+        ("on_optimizer_step", 0),
+    ]
+    done = ["on_log", "on_log", "on_evaluate", "on_save"]  # of training, then of the evaluation
+    expected: list[tuple[str, int]] = [("on_train_begin", 0), ("on_epoch_begin", 0)]
+    for number in range(1, STEPS + 1):
+        within = step if number < STEPS else [event for event in step if event[0] != "on_substep_end"]
+        expected += [(event, number - 1) for event, _ in within] + [("on_step_end", number)]
+        expected += [("on_epoch_end", number)] if number == STEPS else []
+        expected += [("on_log", 1)] if number == 1 else []
+        expected += [(event, number) for event in done] if number % 2 == 0 else []
+    assert recorder["events"] == [*expected, ("on_train_end", STEPS)]
+    assert recorder["logs"] == records
+    assert recorder["seen"]["metrics"] == {
+        name: value for name, value in records[-1].items() if name.startswith("eval_")
+    }
+    seen = recorder["seen"]
+    assert seen["lr"] == seen["scheduled"] == 0.0  # the linear schedule is at its end
+    assert (seen["epoch"], seen["max_steps"], seen["is_first"]) == (1.0, STEPS, True)
+    assert seen["flags"] == (True, True, True)
+    assert seen["weights"] > seen["vocabulary"] > 100
+
+
+def _worked(jobs: list[Job]) -> list[tuple[list[Record], list[Any]]]:
+    return [worked(job) for job in jobs]
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero3"])
+def test_training_stops_where_a_callback_says(engine: str, inputs: Inputs, tmp_path: Path) -> None:
+    """With a line of the log and a checkpoint of that step, on all ranks."""
+    config = inputs.config(engine, run={"save_steps": None, "log_steps": None})
+    job = job_of(inputs, config, tmp_path, callbacks=(StopAt(3), Recorder()))
+    for records, (_, recorder) in (found[0] for found in run_gang(2, _worked, [job])):
+        assert [record["step"] for record in records] == [3]
+        assert recorder["events"][-2:] == [("on_save", 3), ("on_train_end", 3)]
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    assert (checkpoint.state.step, checkpoint.state.stopped) == (3, True)
+
+
+class StopOnRank(TrainerCallback):
+    """Ranks do not agree: only one that is not the first wants to stop."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_training_stop = not state.is_world_process_zero
+
+
+def test_where_ranks_differ_the_first_one_decides(inputs: Inputs, tmp_path: Path) -> None:
+    job = job_of(inputs, inputs.config(), tmp_path, callbacks=(StopOnRank(),))
+    for records, _ in (found[0] for found in run_gang(2, _worked, [job])):
+        assert records[-1]["step"] == STEPS
+
+
+def test_callbacks_can_ask_for_more(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"save_steps": None, "log_steps": None, "keep_checkpoints": 5})
+    job = job_of(inputs, config, tmp_path, callbacks=(AskAt(),))
+    records, _ = worked(job)
+    assert [(record["step"], "eval_loss" in record) for record in records] == [
+        (3, False), (3, True), (4, False), (4, True),
+    ]  # fmt: skip
+    assert sorted(folder.name[:13] for folder in Path(job.checkpoints).iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+    ]
+
+
+def test_early_stopping_goes_on_counting_after_a_restart(inputs: Inputs, tmp_path: Path) -> None:
+    """With a rate of nearly nothing no evaluation is better than the first by 0.1: patience of 3 ends at the fourth."""
+    config = inputs.config(
+        optim={"learning_rate": 1e-12},
+        run={"epochs": 3, "eval_steps": 1, "save_steps": 1, "best_metric": "eval_loss"},
+    )
+    job = job_of(inputs, config, tmp_path, callbacks=(EarlyStoppingCallback(3, 0.1),))
+    worked(job, die_at=3)
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    state = json.loads(Path(checkpoint.path, STATE_FILE).read_text())
+    assert state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"] == {
+        "early_stopping_patience_counter": 2
+    }
+    assert state["best_metric"] == pytest.approx(checkpoint.state.best_value * -1)
+    again = job_of(inputs, config, tmp_path, callbacks=(EarlyStoppingCallback(3, 0.1),))
+    records, _ = worked(again)
+    assert records[-1]["step"] == 4
+    stopped = latest_checkpoint(job.checkpoints)
+    assert stopped is not None
+    assert stopped.state.stopped
+
+
+class EndEpoch(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_epoch_stop = True
+
+
+def test_an_epoch_cannot_be_cut_short(inputs: Inputs, tmp_path: Path) -> None:
+    job = job_of(inputs, inputs.config(), tmp_path, callbacks=(EndEpoch(),))
+    with pytest.raises(
+        ConfigError, match="should_epoch_stop: the pairs of every step are fixed before training"
+    ):
+        worked(job)
+
+
+# --- Metrics of the user's own ---
+
+
+def accuracy(found: EvalPrediction) -> dict[str, float]:
+    best = np.argmax(found.predictions, axis=1)
+    return {
+        "accuracy": float((best == found.label_ids).mean()),
+        "margin": float(-np.diff(found.predictions).mean()),
+    }
+
+
+def halved(rewards: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    assert labels.tolist() == [0] * len(rewards)
+    return rewards / 2
+
+
+def _evaluated(job: Job) -> Any:
+    return evaluate_worker(job, torch.device("cpu"))
+
+
+def test_predictions_are_those_of_every_pair_in_the_order_of_the_set(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"micro_batch": 2})
+    hooks = {"compute_metrics": accuracy, "keep_predictions": True, "include_for_metrics": ("inputs", "loss")}
+    job = job_of(inputs, config, tmp_path, **hooks)
+    one = _evaluated(job)
+    found = one.predictions[""]
+    assert found.predictions.shape == (7, 2)
+    margins = found.predictions[:, 0] - found.predictions[:, 1]
+    assert one.record["eval_accuracy"] == pytest.approx(one.record["eval_rewards/accuracies"])
+    assert one.record["eval_margin"] == pytest.approx(one.record["eval_rewards/margins"], rel=1e-5)
+    # the loss of each pair follows from its rewards: beta 2, gamma_beta_ratio 0.5
+    np.testing.assert_allclose(found.losses, np.log1p(np.exp(-(margins - 2 * 0.5))), rtol=1e-5)
+    for row, pair in zip(found.inputs, random_pairs(7, seed=1), strict=True):
+        assert row[row != -100].tolist() == list(pair.chosen)
+    for other in run_gang(3, _evaluated, job):  # one more rank than micro-batches for one of them
+        np.testing.assert_allclose(other.predictions[""].predictions, found.predictions, rtol=1e-5)
+        assert other.record == pytest.approx(one.record, rel=1e-5)
+    half = _evaluated(job_of(inputs, config, tmp_path, preprocess_logits_for_metrics=halved, **hooks))
+    assert half.record["eval_margin"] == pytest.approx(one.record["eval_margin"] / 2)
+
+
+def test_a_metric_of_the_users_own_can_be_the_best_one(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"eval_steps": 2, "best_metric": "eval_margin"})
+    records, _ = worked(job_of(inputs, config, tmp_path, compute_metrics=accuracy))
+    values = [record["eval_margin"] for record in records if "eval_margin" in record]
+    checkpoint = latest_checkpoint(f"{tmp_path}/checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.state.best_value == pytest.approx(max(values))
+
+
+def nothing(found: EvalPrediction) -> Any:
+    return None
+
+
+def broken(found: EvalPrediction) -> Any:
+    raise ZeroDivisionError("of mine")
+
+
+@pytest.mark.parametrize(
+    ("hooks", "text"),
+    [
+        (
+            {"compute_metrics": nothing},
+            "compute_metrics returned NoneType, not numbers by name; it gets an EvalPred",
+        ),
+        ({"compute_metrics": broken}, "compute_metrics raised ZeroDivisionError: of mine"),
+        (
+            {
+                "compute_metrics": accuracy,
+                "preprocess_logits_for_metrics": lambda rewards, labels: rewards.sum(),
+            },
+            r"must return a tensor with a row for each of the 4 pairs; got \(\)",
+        ),
+    ],
+)
+def test_metrics_that_are_none(hooks: dict[str, Any], text: str, inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        _evaluated(job_of(inputs, inputs.config(), tmp_path, **hooks))
+
+
+def test_a_best_metric_that_nobody_computes(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"best_metric": "eval_none"})
+    with pytest.raises(
+        ConfigError, match=r"run\.best_metric 'eval_none' is not among .*, eval_margin$"
+    ):
+        worked(job_of(inputs, config, tmp_path, compute_metrics=accuracy))
+
+
+# --- Pairs on their way ---
+
+
+def swapped(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
+    return [
+        TokenizedPair(pair.rejected, pair.chosen, pair.rejected_start, pair.chosen_start) for pair in pairs
+    ]
+
+
+def test_pairs_can_be_changed_before_they_become_tensors(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(loss={"kind": "simpo", "cpo_alpha": 0.0})
+    plain = _evaluated(job_of(inputs, config, tmp_path)).record
+    other = _evaluated(job_of(inputs, config, tmp_path, repack=swapped)).record
+    assert other["eval_rewards/margins"] == pytest.approx(-plain["eval_rewards/margins"], rel=1e-5)
+    records, _ = worked(job_of(inputs, config, tmp_path, repack=swapped))
+    before, _ = worked(job_of(inputs, config, tmp_path / "plain"))
+    assert records[0]["rewards/margins"] == pytest.approx(-before[0]["rewards/margins"], rel=1e-5)
+
+
+# --- There and back ---
+
+
+class Holder(TrainerCallback):
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+def test_what_cannot_travel_is_refused_by_name(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, pytest.raises(ConfigError) as caught:
+        check_portable(Hooks(callbacks=(Recorder(), Holder(file))))
+    assert str(caught.value).startswith("callbacks[1] cannot be sent to the workers (PicklingError: ")
+    assert str(caught.value).endswith(
+        "open files, connections and locks where it is first called, not when it is made"
+    )
+
+
+def test_callbacks_come_back_to_the_objects_that_were_given(tmp_path: Path) -> None:
+    mine, unmovable = Holder(1), Holder(2)
+    with (tmp_path / "file").open("w") as file:
+        returned = Returned.of([Holder([1, 2]), Holder(file)])
+    assert returned.give_back([mine, unmovable]) == ["Holder"]
+    assert (mine.held, unmovable.held) == ([1, 2], 2)
