@@ -11,7 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ray_prefopt.config import OptimConfig
-from ray_prefopt.engine.optimizer import build_optimizer, build_schedule
+from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
 
@@ -26,13 +26,14 @@ class PlainEngine:
         total_steps: int,
         dtype: torch.dtype,
         device: torch.device,
+        own_optimizer: OwnOptimizer | None = None,
     ) -> None:
         self.module = module.to(device=device, dtype=torch.float32)
         self.device = device
         self._dtype = dtype
         self._max_grad_norm = optim.max_grad_norm or math.inf
-        self.optimizer = build_optimizer(self.module, optim)
-        self.schedule = build_schedule(self.optimizer, optim, total_steps)
+        self.optimizer, make_schedule = optimizer_for(self.module, optim, total_steps, own_optimizer)
+        self.schedule = make_schedule(self.optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._trainable = [weight for weight in self.module.parameters() if weight.requires_grad]
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from ray_prefopt.config import OptimConfig
-from ray_prefopt.engine.optimizer import build_optimizer, build_schedule
+from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
 TAG = "engine"
@@ -82,14 +82,15 @@ class ZeroEngine:
         total_steps: int,
         ds_config: Mapping[str, Any],
         device: torch.device,
+        own_optimizer: OwnOptimizer | None = None,
     ) -> None:
-        optimizer = build_optimizer(module, optim)
+        optimizer, make_schedule = optimizer_for(module, optim, total_steps, own_optimizer)
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # what an earlier engine of this process left on
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                lr_scheduler=lambda inner: build_schedule(inner, optim, total_steps),
+                lr_scheduler=make_schedule,
                 config=dict(ds_config),
                 dist_init_required=False,
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
 from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError
 
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]]
@@ -32,6 +33,9 @@ class Hooks:
     """Return the predictions of `evaluate`."""
     repack: Callable[[list[TokenizedPair]], list[TokenizedPair]] | None = None
     """Applied to the pairs of each micro-batch before they become tensors."""
+
+    own_optimizer: OwnOptimizer | None = None
+    """Takes the place of the optim section."""
 
     @property
     def wants_predictions(self) -> bool:

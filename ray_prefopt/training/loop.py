@@ -89,7 +89,7 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     assert job.train_blocks is not None
     blocks = open_blocks(job.train_blocks)
     plan = make_plan(config, blocks)
-    engine = _engine_at(config, plan.total_steps, device, checkpoint)
+    engine = _engine_at(job, plan.total_steps, device, checkpoint)
     return _Training(job, reports, engine, plan, blocks, checkpoint).run()
 
 
@@ -116,7 +116,7 @@ class _Training:
         )
         self._due = Due(self._run, plan.steps_per_epoch, plan.total_steps)
         self._metrics = MetricSums()
-        self._meter = Meter()
+        self._meter = Meter(plan.tokens_until(self._state.step))
         self._callbacks = _callbacks(job, engine, plan, self._best_metric, checkpoint)
 
     def run(self) -> LoopState:
@@ -237,7 +237,7 @@ def _callbacks(
 def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     """Every evaluation set, by the model or by the checkpoint that run.resume_from names."""
     torch.set_num_threads(job.config.run.cpus_per_worker)
-    engine = _engine_at(job.config, 1, device, _starting_point(job))
+    engine = _engine_at(job, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
     return _evaluate_all(engine, _eval_sets(job), objective, job)
 
@@ -246,12 +246,21 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
     """The plan of a run over prepared pairs. Raises DataError when they do not fill one global batch."""
     order = Order(
         tuple(rows for _, rows in blocks.files),
-        seed=config.run.seed,
+        seed=config.run.seed if config.data.seed is None else config.data.seed,
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
     )
     run = config.run
-    return Plan(order, blocks.total_lengths, run.global_batch, run.micro_batch, run.epochs, run.max_steps)
+    return Plan(
+        order,
+        blocks.total_lengths,
+        run.global_batch,
+        run.micro_batch,
+        run.epochs,
+        run.max_steps,
+        group_by_length=config.data.group_by_length,
+        drop_last=run.drop_last,
+    )
 
 
 def step_inputs(
@@ -353,7 +362,7 @@ def seed_step(seed: int, step: int) -> None:
 
 @dataclass(frozen=True)
 class Due:
-    """What happens after which step; the last step evaluates and saves in any case."""
+    """What happens after which step; the last step saves in any case, and evaluates unless run.eval_delay is longer."""
 
     run: RunConfig
     steps_per_epoch: int
@@ -363,7 +372,8 @@ class Due:
         return self._falls_on(self.run.log_steps, step) or (step == 1 and self.run.log_first_step)
 
     def evaluate(self, step: int) -> bool:
-        return self._falls_on(self.run.eval_steps, step)
+        done = step / self.steps_per_epoch if self.run.eval_steps == "epoch" else step
+        return self._falls_on(self.run.eval_steps, step) and done >= self.run.eval_delay
 
     def save(self, step: int) -> bool:
         return self._falls_on(self.run.save_steps, step)
@@ -377,14 +387,19 @@ class Due:
 
 
 class Meter:
-    """Rates of training since the last reading; pairs and tokens are those of all ranks, padding not counted."""
+    """Rates of training since the last reading; pairs and tokens are those of all ranks, padding not counted.
 
-    def __init__(self) -> None:
+    `tokens_seen` are those of the steps before.
+    """
+
+    def __init__(self, tokens_seen: int = 0) -> None:
         self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+        self._tokens_seen = tokens_seen
 
     def add(self, pairs: int, tokens: int) -> None:
         self._pairs += pairs
         self._tokens += tokens
+        self._tokens_seen += tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -400,6 +415,7 @@ class Meter:
             "pairs_per_second": self._pairs / elapsed,
             "tokens_per_second": self._tokens / elapsed,
             "data_wait": (wait_s - self._waited) / elapsed,
+            "num_input_tokens_seen": self._tokens_seen,
         }
         self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, wait_s
         return record
@@ -427,15 +443,17 @@ def _starting_point(job: Job) -> Checkpoint | None:
     return found
 
 
-def _engine_at(
-    config: TrainConfig, total_steps: int, device: torch.device, checkpoint: Checkpoint | None
-) -> Engine:
+def _engine_at(job: Job, total_steps: int, device: torch.device, checkpoint: Checkpoint | None) -> Engine:
     """The engine, with the checkpoint's weights and optimizer; converted when the number of ranks is another."""
+    config = job.config
+    build = partial(
+        build_engine, config, total_steps=total_steps, device=device, own_optimizer=job.hooks.own_optimizer
+    )
     if checkpoint is None:
-        return build_engine(config, total_steps=total_steps, device=device)
+        return build()
     is_sharded = config.engine.kind == "zero" and config.engine.zero_stage > 0
     is_universal = is_sharded and checkpoint.world_size != ranks.world_size()
-    engine = build_engine(config, total_steps=total_steps, device=device, is_universal=is_universal)
+    engine = build(is_universal=is_universal)
     is_first = int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0
     with local_copy(checkpoint, is_first=is_first) as folder:
         if is_universal:

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from ray import cloudpickle
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, EvalPrediction, TrainerCallback
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.training.callbacks import STATE_FILE, Returned
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.hooks import Hooks, check_portable
 from ray_prefopt.training.loop import Job, Record, Reports, evaluate_worker, train_worker
 from tests.gang import run_gang
-from tests.invariant.training import STEPS, Inputs, StopError
+from tests.invariant.training import STEPS, Inputs, StopError, curves, stop_at
 from tests.tiny import random_pairs
 
 
@@ -292,9 +294,7 @@ def test_metrics_that_are_none(hooks: dict[str, Any], text: str, inputs: Inputs,
 
 def test_a_best_metric_that_nobody_computes(inputs: Inputs, tmp_path: Path) -> None:
     config = inputs.config(run={"best_metric": "eval_none"})
-    with pytest.raises(
-        ConfigError, match=r"run\.best_metric 'eval_none' is not among .*, eval_margin$"
-    ):
+    with pytest.raises(ConfigError, match=r"run\.best_metric 'eval_none' is not among .*, eval_margin$"):
         worked(job_of(inputs, config, tmp_path, compute_metrics=accuracy))
 
 
@@ -340,3 +340,69 @@ def test_callbacks_come_back_to_the_objects_that_were_given(tmp_path: Path) -> N
         returned = Returned.of([Holder([1, 2]), Holder(file)])
     assert returned.give_back([mine, unmovable]) == ["Holder"]
     assert (mine.held, unmovable.held) == ([1, 2], 2)
+
+
+# --- An optimizer of the user's own ---
+
+
+def own_optimizer(inputs: Inputs, config: TrainConfig) -> OwnOptimizer:
+    """What the optim section of the config describes, made by hand: decay of what is not norm, and a linear fall."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.model)
+    decayed = [weight for name, weight in model.named_parameters() if weight.ndim > 1]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2, eps=1e-6
+    )
+    return OwnOptimizer.of(optimizer, LambdaLR(optimizer, lambda step: 1 - step / STEPS), model)
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
+def test_an_optimizer_of_ones_own_does_what_the_same_one_of_the_config_does(
+    engine: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    config = inputs.config(engine, optim={"warmup_ratio": 0.0, "name": "adamw_torch"})
+    hooks = Hooks(own_optimizer=own_optimizer(inputs, config))
+    jobs = {
+        "config": inputs.job(config, tmp_path / "config"),
+        "own": dataclasses.replace(inputs.job(config, tmp_path / "own"), hooks=hooks),
+    }
+    found = curves(jobs, world_size=2)
+    assert [record["learning_rate"] for record in found["own"].steps] == [1e-2, 7.5e-3, 5e-3, 2.5e-3]
+    assert found["own"].steps[-1]["loss"] == found["config"].steps[-1]["loss"]
+    for name, weight in found["config"].weights.items():
+        assert torch.equal(weight, found["own"].weights[name])
+
+
+def test_another_optimizer_goes_on_where_it_was(inputs: Inputs, tmp_path: Path) -> None:
+    """SGD with momentum, and no schedule of its own: the config has that."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    hooks = Hooks(own_optimizer=OwnOptimizer.of(sgd, None, model))
+    config = inputs.config("zero2", optim={"schedule": "constant", "warmup_ratio": 0.0})
+    jobs = {
+        name: dataclasses.replace(inputs.job(config, tmp_path / name), hooks=hooks)
+        for name in ("whole", "halves")
+    }
+    stop_at({"halves": jobs["halves"]}, 2, step=2)
+    found = curves(jobs, world_size=2)
+    assert [record["learning_rate"] for record in found["whole"].steps] == [0.5] * 4
+    assert found["halves"].steps[-1]["loss"] == found["whole"].steps[-1]["loss"]
+    for name, weight in found["whole"].weights.items():
+        assert torch.equal(weight, found["halves"].weights[name])
+
+
+def test_optimizers_that_do_not_belong_to_the_model(inputs: Inputs) -> None:
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(ConfigError) as caught:
+        OwnOptimizer.of(torch.optim.SGD(torch.nn.Linear(5, 4).parameters()), None, model)
+    assert str(caught.value) == (
+        "optimizers: the optimizer has a weight of shape (4, 5) that the model has not; "
+        "make it over the parameters of the model that you give"
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.raises(
+        ConfigError, match=r"^optimizers: the optimizer has taken steps already; give a new one$"
+    ):
+        OwnOptimizer.of(optimizer, None, model)
