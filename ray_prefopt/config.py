@@ -182,6 +182,18 @@ class DataConfig(Config):
     """Permute the pairs anew in each epoch; off: the order of the files."""
     shuffle_window: int = Field(1_000_000, ge=1)
     """Pairs that are permuted together, hence at most this many are held by a worker."""
+    group_by_length: bool = False
+    """Steps of pairs of similar length: the permuted pairs of 50 steps are sorted, the longest first."""
+    seed: int | None = Field(None, ge=0)
+    """Of the order of the pairs; run.seed when not given."""
+
+    @model_validator(mode="after")
+    def _grouping_needs_shuffling(self) -> Self:
+        if self.group_by_length and not self.shuffle:
+            raise ValueError(
+                "group_by_length sorts shuffled pairs; got shuffle: false. Leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prompt_leaves_room(self) -> Self:
@@ -369,6 +381,8 @@ class RunConfig(Config):
     """Times that every pair is seen; 1.5 sees the first half of the second epoch's order."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever epochs says."""
+    drop_last: bool = False
+    """Leave out the smaller step at the end of an epoch, and with it the pairs that do not fill a global batch."""
     seed: int = Field(42, ge=0)
     """Of the order of the pairs, of new weights and of dropout."""
     full_determinism: bool = False
@@ -379,6 +393,8 @@ class RunConfig(Config):
     """A line for the first step as well."""
     eval_steps: Interval | None = None
     """Optimizer steps between evaluations, a share of all steps, or `epoch`; when not given, one at the end."""
+    eval_delay: int | float = Field(0, ge=0)
+    """Optimizer steps before the first evaluation; epochs when eval_steps is `epoch`."""
     eval_on_start: bool = False
     """Evaluate before the first step as well."""
     save_steps: Interval | None = None

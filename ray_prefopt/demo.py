@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
-from ray_prefopt.model.load import without_bars
+from ray_prefopt.model.hub import without_bars
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.plots import plot_run
 from ray_prefopt.training.run import train

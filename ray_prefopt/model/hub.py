@@ -1,9 +1,12 @@
 """Whether a model is there to be loaded, and why it could not be."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from transformers.utils import logging
 
 
 def why_missing(path: str, revision: str | None, file: str) -> str | None:
@@ -44,3 +47,15 @@ def why_not_loaded(path: str, error: Exception) -> str:
 def first_line(error: Exception) -> str:
     """Errors of transformers are a paragraph; the first line says what is wrong."""
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:400]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()

@@ -1,46 +1,77 @@
 """Build the model that is trained: from a folder, a hub id, or an architecture; with adapters when asked for."""
 
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
+from transformers.integrations.neftune import activate_neftune
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
-from ray_prefopt.config import LoraConfig, ModelConfig
+from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import ModelError, suggest
-from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded
+from ray_prefopt.model.adapters import ADAPTER_FILE, attach_lora, attach_saved, read_adapter
+from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded, without_bars
+from ray_prefopt.model.quantization import check_quantization, is_quantized, loading_options, prepared
+
+CPU = torch.device("cpu")
 
 
 def load_architecture(config: ModelConfig) -> PretrainedConfig:
     """The transformers config of the model: no weights, seconds at most.
 
-    Raises ModelError when it does not exist, is gated, needs remote code that is not trusted, or is no causal model.
+    Raises ModelError when it does not exist, is gated, needs remote code that is not trusted, is neither a causal
+    language model nor an encoder-decoder that says how its decoder starts, or has no weights that can be trained; also
+    for an adapter that is none.
     """
     architecture = _built(config) if config.from_config is not None else _read(config)
-    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
+    is_split = architecture.is_encoder_decoder
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_split else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(architecture) not in known and not config.trust_remote_code:
         raise ModelError(
-            f"model {config.path or config.from_config}: {architecture.model_type} is not a causal language model of "
-            "transformers; use one that AutoModelForCausalLM loads"
+            f"model {config.path or config.from_config}: {architecture.model_type} is not a language model of "
+            f"transformers; use one that {model_class(architecture).__name__} loads"
+        )
+    if is_split and decoder_start_id(architecture) is None:
+        raise ModelError(
+            f"model {config.path or config.from_config}: {architecture.model_type} does not say how its decoder starts; "
+            "set decoder_start_token_id in its config (for T5, the id of the pad token)"
         )
     if config.disable_dropout:
         for name, value in architecture.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(architecture, name, 0.0)
+    check_quantization(config, architecture)
+    if config.adapter is not None:
+        read_adapter(config.adapter)
     return architecture
+
+
+def model_class(architecture: PretrainedConfig) -> Any:
+    """The auto class of transformers that builds models of this architecture."""
+    return AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+
+
+def decoder_start_id(architecture: PretrainedConfig) -> int | None:
+    """The token that an encoder-decoder's decoder reads first, as `generate` finds it; None for decoders alone."""
+    if not architecture.is_encoder_decoder:
+        return None
+    start: int | None = getattr(architecture, "decoder_start_token_id", None)
+    decoder = getattr(architecture, "decoder", None)
+    return getattr(decoder, "bos_token_id", None) if start is None else start
 
 
 def _built(config: ModelConfig) -> PretrainedConfig:
@@ -52,30 +83,43 @@ def _built(config: ModelConfig) -> PretrainedConfig:
             f"{suggest(str(model_type), CONFIG_MAPPING)}"
         )
     kind = CONFIG_MAPPING[model_type]
-    known = {*kind().to_dict(), *kind.attribute_map}
-    for key in (
-        options.keys() - known
-    ):  # transformers keeps whatever it is given; some unlisted keys have a meaning
-        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise ModelError(
-                f"model.from_config: {key!r} is not a setting of {model_type}. Did you mean {near[0]}?"
-            )
+    _check_settings("model.from_config", options, kind())
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:
         raise ModelError(f"model.from_config ({model_type}): {first_line(error)}") from error
 
 
+def _check_settings(field: str, settings: Mapping[str, Any], architecture: PretrainedConfig) -> None:
+    """Raises ModelError for a mistyped one; transformers keeps whatever it is given, and some of it has a meaning."""
+    known = {*architecture.to_dict(), *architecture.attribute_map}
+    for key in settings.keys() - known:
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise ModelError(
+                f"{field}: {key!r} is not a setting of {architecture.model_type}. Did you mean {near[0]}?"
+            )
+
+
 def _read(config: ModelConfig) -> PretrainedConfig:
     path = str(config.path)
     if missing := why_missing(path, config.revision, "config.json"):
         raise ModelError(f"model {path}: {missing}")
+    if Path(path, ADAPTER_FILE).exists() and not Path(path, "config.json").exists():
+        raise ModelError(
+            f"model {path}: it is an adapter; set model.adapter to it, and model.path to its base"
+        )
     try:
-        return AutoConfig.from_pretrained(
+        architecture = AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except Exception as error:
         raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
+    _check_settings("model.overrides", config.overrides, architecture)
+    try:
+        architecture.update(config.overrides)
+    except Exception as error:  # what the config's own validation raises
+        raise ModelError(f"model.overrides: {first_line(error)}") from error
+    return architecture
 
 
 def check_tokenizer(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -96,29 +140,49 @@ def compute_dtype(config: ModelConfig, architecture: PretrainedConfig) -> torch.
     return dtype
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
+def load_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device = CPU,
+    dequantize: bool = False,
+) -> nn.Module:
     """The model with weights in `dtype`, adapters attached, ready to be given to an engine.
 
     Under `engine.zero.sharded_construction` each rank gets its shards alone. `seed` is that of random weights and
-    adapters, so that all ranks and all engines start from the same. Raises ModelError when it cannot be built whole.
+    adapters, so that all ranks and all engines start from the same. Quantized weights, which cannot be moved later, are
+    made on `device`; `dequantize` gives them back the precision of `dtype`, as rounded as they are. Raises ModelError
+    when the model cannot be built whole.
     """
     architecture = load_architecture(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    if is_quantized(config, architecture):
+        precision = compute_dtype(config, architecture)
+        options |= loading_options(config, compute_dtype=precision, device=device)
     torch.manual_seed(seed)
     if config.from_config is not None:
         model = _random(architecture, options)
     else:
         model = _pretrained(config, architecture, options)
+    if is_quantized(config, architecture):
+        model = model.dequantize(dtype) if dequantize else prepared(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
         model = attach_lora(model, config.lora, seed=seed)
+    if config.adapter is not None:
+        model = attach_saved(model, config.adapter)
+    if config.neftune_noise_alpha is not None:
+        activate_neftune(model, config.neftune_noise_alpha)
+    if config.compile is not None:  # in place, so that no name changes
+        model.compile(backend=config.compile.backend, mode=config.compile.mode)
     return model.train()
 
 
 def _random(architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
     try:
-        return AutoModelForCausalLM.from_config(architecture, **options)
+        return model_class(architecture).from_config(architecture, **options)
     except Exception as error:
         raise ModelError(f"model.from_config ({architecture.model_type}): {first_line(error)}") from error
 
@@ -126,7 +190,7 @@ def _random(architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
 def _pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
     path = str(config.path)
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = model_class(architecture).from_pretrained(
             path,
             config=architecture,
             revision=config.revision,
@@ -146,39 +210,7 @@ def _pretrained(config: ModelConfig, architecture: PretrainedConfig, options: di
     return model
 
 
-def attach_lora(model: nn.Module, lora: LoraConfig, *, seed: int) -> nn.Module:
-    """The model with low-rank adapters, everything else frozen. Raises ModelError when no module matches."""
-    torch.manual_seed(seed)
-    try:
-        # Adapters in the model's own precision: ZeRO refuses a mix.
-        return get_peft_model(
-            model, PeftLoraConfig(task_type="CAUSAL_LM", **lora.model_dump()), autocast_adapter_dtype=False
-        )
-    except ValueError as error:
-        raise ModelError(f"model.lora: {first_line(error)}") from error
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """The model with its low-rank adapters merged into the weights they adapt."""
-    assert isinstance(model, PeftModel)
-    whole = model.merge_and_unload()
-    assert isinstance(whole, nn.Module)
-    return whole
-
-
 def save_model(model: Any, folder: Path) -> None:
     """Write the model, or its adapters alone, as a Hugging Face folder."""
     with without_bars():
         model.save_pretrained(folder)
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars."""
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()

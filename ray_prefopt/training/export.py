@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ray_prefopt.config import ModelConfig, TrainConfig
 from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
-from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, merged, save_model
+from ray_prefopt.model.adapters import merged
+from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.checkpoint import find_checkpoint, local_copy
 

@@ -16,12 +16,13 @@ from transformers.utils import logging
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import ModelError
+from ray_prefopt.model.adapters import merged
 from ray_prefopt.model.load import (
     check_tokenizer,
     compute_dtype,
+    decoder_start_id,
     load_architecture,
     load_model,
-    merged,
     save_model,
 )
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
@@ -90,6 +91,32 @@ def test_dropout_is_off_unless_asked_for() -> None:
     assert {module.p for module in built(**gpt2).modules() if isinstance(module, nn.Dropout)} == {0.0}
     kept = built(**gpt2, disable_dropout=False)
     assert {module.p for module in kept.modules() if isinstance(module, nn.Dropout)} == {0.1, 0.2, 0.3}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_comes_with_its_decoder(kind: str, tmp_path: Path) -> None:
+    """A folder with BART's config would give its decoder alone too."""
+    folder = save_tiny_model(tmp_path, kind, seed=3)
+    assert weights_equal(built(path=folder), tiny_model(kind, seed=3))
+    assert weights_equal(built(from_config=tiny_config(kind), seed=5), tiny_model(kind, seed=5))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_dropout_is_off_in_encoders_and_decoders(kind: str) -> None:
+    """BART's is no module, so that TRL's disable_dropout does not find it."""
+    name = {"t5": "dropout_rate", "bart": "dropout"}[kind]
+    ids = {name: torch.arange(8).view(1, 8) for name in ("input_ids", "decoder_input_ids")}
+    for disable_dropout in (True, False):
+        model = built(from_config=tiny_config(kind, **{name: 0.5}), disable_dropout=disable_dropout)
+        first, second = model(**ids).logits, model(**ids).logits
+        assert torch.equal(first, second) == disable_dropout
+
+
+def test_where_a_decoder_starts() -> None:
+    begins = {"decoder": {"bos_token_id": 7}}
+    for settings, start in (({"model_type": "t5gemma", **begins}, 7), (tiny_config("bart"), 2)):
+        assert decoder_start_id(load_architecture(ModelConfig(from_config=settings, tokenizer="-"))) == start
+    assert decoder_start_id(load_architecture(ModelConfig(from_config=tiny_config(), tokenizer="-"))) is None
 
 
 def test_attention_is_the_one_asked_for(saved: Path) -> None:
@@ -240,9 +267,18 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit_config(folder, model_type="quen2"),
         r".*model type `quen2` but Transformers does not recognize this architecture.*",
     ),
-    "no causal model": (
+    "no language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+        r"vit is not a language model of transformers; use one that AutoModelForCausalLM loads",
+    ),
+    "an encoder-decoder that writes no text": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "table-transformer"}'),
+        r"table-transformer is not a language model of transformers; use one that AutoModelForSeq2SeqLM loads",
+    ),
+    "a decoder without a start": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
-        r"t5 is not a causal language model of transformers; use one that AutoModelForCausalLM loads",
+        r"t5 does not say how its decoder starts; set decoder_start_token_id in its config \(for T5, the id of the pad "
+        r"token\)",
     ),
     "own code": (
         with_own_code,
@@ -312,9 +348,9 @@ def test_an_architecture_that_cannot_be_built_is_refused(case: str) -> None:
         built(from_config=settings)
 
 
-def test_an_architecture_that_is_no_causal_model_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"^model \{'model_type': 't5'\}: t5 is not a causal language model"):
-        built(from_config={"model_type": "t5"})
+def test_an_architecture_that_writes_no_text_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"^model \{'model_type': 'vit'\}: vit is not a language model"):
+        built(from_config={"model_type": "vit"})
 
 
 def test_attention_that_is_not_there_is_refused(saved: Path) -> None:

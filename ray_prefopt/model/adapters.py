@@ -1,0 +1,84 @@
+"""Low-rank adapters on a frozen model: new ones, saved ones, and both parts on their way out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ray_prefopt.config import LoraConfig
+from ray_prefopt.errors import ModelError
+from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded, without_bars
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def attach_lora(model: Any, lora: LoraConfig, *, seed: int) -> nn.Module:
+    """The model with low-rank adapters, everything else frozen. Raises ModelError when no module matches."""
+    torch.manual_seed(seed)
+    task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    try:
+        # Adapters in the model's own precision: ZeRO refuses a mix.
+        return get_peft_model(
+            model, PeftLoraConfig(task_type=task_type, **lora.model_dump()), autocast_adapter_dtype=False
+        )
+    except ValueError as error:
+        raise ModelError(f"model.lora: {first_line(error)}") from error
+
+
+def read_adapter(path: str) -> PeftLoraConfig:
+    """The options of a saved adapter. Raises ModelError when there is none, or it is of another kind."""
+    if missing := why_missing(path, None, ADAPTER_FILE):
+        raise ModelError(f"model.adapter {path}: {missing}")
+    try:
+        options = PeftConfig.from_pretrained(path)
+    except Exception as error:  # of peft, huggingface_hub and json
+        raise ModelError(f"model.adapter {path}: {why_not_loaded(path, error)}") from error
+    if type(options) is not PeftLoraConfig:
+        kind = getattr(options.peft_type, "value", options.peft_type)
+        raise ModelError(f"model.adapter {path}: it is of the kind {kind}; LORA alone can be trained")
+    return options
+
+
+def attach_saved(model: Any, path: str) -> nn.Module:
+    """The model with a saved adapter, everything else frozen. Raises ModelError when it is not of this model."""
+    options = read_adapter(path)
+    options.inference_mode = False
+    try:
+        adapted = get_peft_model(model, options, autocast_adapter_dtype=False)
+        outcome: Any = set_peft_model_state_dict(adapted, load_peft_weights(path, device="cpu"))
+    except Exception as error:  # of peft, huggingface_hub, safetensors and torch
+        raise ModelError(f"model.adapter {path}: {first_line(error)}") from error
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    missing, unknown = sorted(trained.intersection(outcome.missing_keys)), sorted(outcome.unexpected_keys)
+    if missing or unknown:
+        raise ModelError(
+            f"model.adapter {path}: it is not of this model; missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    return adapted
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model with its low-rank adapters merged into the weights they adapt."""
+    assert isinstance(model, PeftModel)
+    whole = model.merge_and_unload()
+    assert isinstance(whole, nn.Module)
+    return whole
+
+
+def save_base(model: Any, folder: Path) -> None:
+    """Write the model under the adapters as a Hugging Face folder, from where it lies in memory."""
+    with without_bars():
+        model.get_base_model().save_pretrained(folder, state_dict=_base_weights(model))
+
+
+def _base_weights(model: Any) -> dict[str, Tensor]:
+    """Weights without the adapters, by the names that they have without peft."""
+    weights = {}
+    for name, weight in model.get_base_model().state_dict().items():
+        is_added = model.base_model.prefix in name or ".modules_to_save." in name
+        if not is_added:
+            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
+    return weights
