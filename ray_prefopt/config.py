@@ -371,6 +371,14 @@ class RunConfig(Config):
     """Give each worker a GPU."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPUs reserved for each worker; also its number of compute threads."""
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
+    """Further resources of each worker, by the names that the nodes give them in Ray."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPU that each worker gets: `A100`, `H100`, ...; any when not given."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Whether Ray puts workers together on few nodes, or spreads them over many."""
+    env_vars: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the workers."""
     global_batch: int = Field(128, ge=1)
     """Pairs per optimizer step, over all workers."""
     micro_batch: int = Field(4, ge=1)

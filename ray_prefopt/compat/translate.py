@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
@@ -25,11 +26,12 @@ def to_train_config(
     num_workers: int,
     use_gpu: bool,
     peft_config: Any = None,
+    cluster: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
     """The config of the run that the arguments describe.
 
     `model` and `data` are the values of those sections that a trainer is given by itself: path, tokenizer, train, eval
-    (None: there is nothing to evaluate on; left out: that is not known yet).
+    (None: there is nothing to evaluate on; left out: that is not known yet). `cluster` are further values of `run`.
     Reads nothing but the JSON file that `args.deepspeed` may name. Raises ConfigError for what cannot be honoured.
     """
     if not isinstance(args, CPOConfig | SimPOConfig):
@@ -51,6 +53,7 @@ def to_train_config(
                 "num_workers": num_workers,
                 "use_gpu": use_gpu and not (args.use_cpu or args.no_cuda),
                 "global_batch": _global_batch(args, num_workers),
+                **cluster,
             },
         }
     )
@@ -143,12 +146,10 @@ def _lora(peft_config: Any) -> dict[str, Any]:
 
 def _data(args: Args) -> dict[str, Any]:
     strategy = args.train_sampling_strategy
-    if strategy not in ("random", "sequential", "batch_rebalance"):
-        raise _refusal(
-            args,
-            "train_sampling_strategy",
-            "leave it out: the shuffled pairs of a step are dealt out by length anyway",
-        )
+    if strategy not in ("random", "sequential", "batch_rebalance", "group_by_length"):
+        raise _refusal(args, "train_sampling_strategy", "use random, sequential or group_by_length")
+    if args.group_by_length and strategy == "sequential":
+        raise _refusal(args, "group_by_length", "train_sampling_strategy is sequential, leave one of them out")
     max_length = 512 if args.max_length is None else args.max_length
     # What a user has not chosen may not fit what he has.
     default = 512 if isinstance(args, CPOConfig) else 128
@@ -163,6 +164,8 @@ def _data(args: Args) -> dict[str, Any]:
         "max_completion_length": args.max_completion_length,
         "truncation_mode": args.truncation_mode,
         "shuffle": strategy != "sequential",
+        "group_by_length": args.group_by_length or strategy == "group_by_length",
+        "seed": args.data_seed,
     }
 
 
@@ -358,13 +361,7 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
     if save_strategy == "best" and (not evaluates or args.metric_for_best_model is None):
         raise _refusal(args, "save_strategy", "it needs an eval_strategy and metric_for_best_model")
     epochs = args.num_train_epochs
-    integrations = [name for name in args.report_to or [] if name not in (None, "none", "tensorboard")]
-    if integrations:
-        raise _refusal(
-            args,
-            "report_to",
-            f"leave out {', '.join(integrations)}; tensorboard and metrics.jsonl are written",
-        )
+    named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     return {
         "name": args.run_name or "run",
         "storage_path": args.output_dir,
@@ -372,14 +369,17 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "eval_micro_batch": args.per_gpu_eval_batch_size or args.per_device_eval_batch_size,
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
         "max_steps": args.max_steps if args.max_steps > 0 else None,
+        "drop_last": args.dataloader_drop_last,
         "seed": args.seed,
         "log_steps": _interval(_text(args.logging_strategy), args.logging_steps),
         "log_first_step": args.logging_first_step,
         "eval_steps": eval_steps,
         "eval_on_start": args.eval_on_start,
+        "eval_delay": args.eval_delay or 0,
         "save_steps": eval_steps if save_strategy == "best" else _interval(save_strategy, args.save_steps),
         "keep_checkpoints": 1 if save_strategy == "best" else args.save_total_limit or ALL_CHECKPOINTS,
         "best_metric": _best_metric(args) if evaluates else None,
+        "report_to": [name for name in named if name not in (None, "none", "tensorboard")],
     }
 
 

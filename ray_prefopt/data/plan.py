@@ -40,11 +40,17 @@ class Order:
         """Pair ids in the order of this epoch, (N,); each exactly once."""
         if not self.shuffle:
             return np.arange(self.num_pairs)
-        return _shuffled(self.block_rows, self.seed, epoch, self.window)
+        return _shuffled(self.block_rows, self.seed, epoch, self.window)[0]
+
+    def window_ends(self, epoch: int) -> Ids:
+        """Where in the order of this epoch each window ends."""
+        if not self.shuffle:
+            return np.array([self.num_pairs])
+        return _shuffled(self.block_rows, self.seed, epoch, self.window)[1]
 
 
 @lru_cache(maxsize=2)
-def _shuffled(block_rows: tuple[int, ...], seed: int, epoch: int, window: int) -> Ids:
+def _shuffled(block_rows: tuple[int, ...], seed: int, epoch: int, window: int) -> tuple[Ids, Ids]:
     rng = np.random.default_rng([seed, epoch])
     starts = np.concatenate([[0], np.cumsum(block_rows)])
     windows: list[list[Ids]] = [[]]
@@ -55,10 +61,11 @@ def _shuffled(block_rows: tuple[int, ...], seed: int, epoch: int, window: int) -
             held = 0
         windows[-1].append(np.arange(starts[block], starts[block + 1]))
         held += block_rows[block]
-    return np.concatenate([rng.permutation(np.concatenate(ids)) for ids in windows if ids])
+    permuted = [rng.permutation(np.concatenate(ids)) for ids in windows if ids]
+    return np.concatenate(permuted), np.cumsum([len(ids) for ids in permuted])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Steps, global batches and micro-batches of a whole run.
 
@@ -74,6 +81,10 @@ class Plan:
     micro_batch: int
     epochs: float = 1
     max_steps: int | None = None
+    group_by_length: bool = False
+    """Steps hold pairs of similar length, as `grouped` arranges them."""
+    drop_last: bool = False
+    """Leave out the pairs at the end of an epoch that do not fill a step."""
 
     def __post_init__(self) -> None:
         if self.order.num_pairs < self.global_batch:
@@ -84,7 +95,9 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last step of an epoch takes what is left: no pair is dropped."""
+        """The last step of an epoch takes what is left, unless that is to be dropped."""
+        if self.drop_last:
+            return self.order.num_pairs // self.global_batch
         return math.ceil(self.order.num_pairs / self.global_batch)
 
     @property
@@ -94,12 +107,18 @@ class Plan:
     def epoch_at(self, step: int) -> float:
         """Epochs completed after `step` steps."""
         whole, rest = divmod(step, self.steps_per_epoch)
-        return whole + min(1.0, rest * self.global_batch / self.order.num_pairs)
+        pairs = self.order.num_pairs - self.drop_last * (self.order.num_pairs % self.global_batch)
+        return whole + rest * self.global_batch / pairs
 
     def step_ids(self, step: int) -> Ids:
         """The pairs of a step, whatever the world size."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self.order.epoch(epoch)[index * self.global_batch : (index + 1) * self.global_batch]
+        ids = _epoch_by_length(self, epoch) if self.group_by_length else self.order.epoch(epoch)
+        return ids[index * self.global_batch : (index + 1) * self.global_batch]
+
+    def tokens_until(self, step: int) -> int:
+        """Tokens in the pairs of the first `step` steps."""
+        return sum(int(self.lengths[self.step_ids(done)].sum()) for done in range(step))
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[Ids]:
         """The micro-batches of a rank in a step; as many on each rank, some possibly empty.
@@ -112,6 +131,36 @@ class Plan:
         if not self.order.shuffle:
             return in_turn(ids, self.micro_batch, rank, world_size)
         return deal(ids, self.lengths, self.micro_batch, rank, world_size)
+
+
+STRETCH = 50
+"""Steps whose pairs are sorted together; fewer where an epoch has not four times as many, as in transformers."""
+
+
+@lru_cache(maxsize=2)
+def _epoch_by_length(plan: Plan, epoch: int) -> Ids:
+    ids = plan.order.epoch(epoch)
+    stretch = max(min(len(ids) // (4 * plan.global_batch), STRETCH), 1) * plan.global_batch
+    return grouped(ids, plan.lengths, plan.global_batch, stretch, plan.order.window_ends(epoch))
+
+
+def grouped(ids: Ids, lengths: np.ndarray, global_batch: int, stretch: int, window_ends: Ids) -> Ids:
+    """Sort the pairs of an epoch inside stretches of so many, the longest first, and never across windows.
+
+    The step with the longest pair of all comes first, so that memory peaks at once.
+
+    >>> lengths = np.array([3, 1, 9, 2, 7, 5])
+    >>> grouped(np.arange(6), lengths, 1, 3, np.array([6])).tolist()
+    [2, 0, 1, 4, 5, 3]
+    """
+    ends = np.union1d(window_ends, np.arange(stretch, len(ids), stretch))
+    parts = np.split(ids, ends[:-1])
+    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+    start = int(lengths[order].argmax()) // global_batch * global_batch
+    longest = order[start : start + global_batch].copy()
+    order[start : start + len(longest)] = order[: len(longest)]
+    order[: len(longest)] = longest
+    return order
 
 
 def deal(ids: Ids, lengths: np.ndarray, micro_batch: int, rank: int, world_size: int) -> list[Ids]:

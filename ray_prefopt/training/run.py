@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 NO_HOOKS = Hooks()
 MAY_CHANGE = {
-    "num_workers", "use_gpu", "cpus_per_worker", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
-    "eval_on_start", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
+    "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "accelerator_type", "placement_strategy",
+    "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
+    "eval_on_start", "eval_delay", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
     "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path", "report_to",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""

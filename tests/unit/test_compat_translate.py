@@ -46,6 +46,7 @@ CASES: dict[str, list[Case]] = {
     "output_dir": [(CPO, {"output_dir": "mine"}, "run.storage_path", "mine")],
     "run_name": [(CPO, {"run_name": "first"}, "run.name", "first")],
     "seed": [(CPO, {"seed": 7}, "run.seed", 7)],
+    "data_seed": [(CPO, {"data_seed": 7}, "data.seed", 7)],
     "use_cpu": [(CPO, {"use_cpu": True}, "run.use_gpu", False)],
     "no_cuda": [(SIMPO, {"no_cuda": True}, "run.use_gpu", False)],
     # batches and steps, on two workers: 8 pairs each, in one micro-batch, when nothing is set
@@ -65,7 +66,12 @@ CASES: dict[str, list[Case]] = {
         (CPO, {"num_train_epochs": 1.5}, "run.epochs", 1.5),
     ],
     "max_steps": [(CPO, {"max_steps": 10}, "run.max_steps", 10)],
-    "train_sampling_strategy": [(CPO, {"train_sampling_strategy": "sequential"}, "data.shuffle", False)],
+    "train_sampling_strategy": [
+        (CPO, {"train_sampling_strategy": "sequential"}, "data.shuffle", False),
+        (CPO, {"train_sampling_strategy": "group_by_length"}, "data.group_by_length", True),
+    ],
+    "group_by_length": [(SIMPO, {"group_by_length": True}, "data.group_by_length", True)],
+    "dataloader_drop_last": [(CPO, {"dataloader_drop_last": True}, "run.drop_last", True)],
     # optimizer
     "learning_rate": [(CPO, {"learning_rate": 3e-7}, "optim.learning_rate", 3e-7)],
     "optim": [(CPO, {"optim": "lion_32bit"}, "optim.name", "lion_32bit")],
@@ -176,6 +182,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "logging_first_step": [(CPO, {"logging_first_step": True}, "run.log_first_step", True)],
     "include_tokens_per_second": [],
+    "include_num_input_tokens_seen": [],
     "report_to": [],
     "eval_strategy": [
         (CPO, {"eval_strategy": "steps"}, "run.eval_steps", 10),
@@ -190,6 +197,10 @@ CASES: dict[str, list[Case]] = {
     "eval_on_start": [
         (CPO, {"eval_on_start": True}, "run.eval_on_start", True),
         (CPO, {"eval_on_start": True}, "data.eval", "held_out.jsonl"),
+    ],
+    "eval_delay": [
+        (CPO, {"eval_delay": 100, "eval_strategy": "steps"}, "run.eval_delay", 100),
+        (CPO, {"eval_delay": 1.5, "eval_strategy": "epoch"}, "run.eval_delay", 1.5),
     ],
     "save_strategy": [
         (CPO, {"save_strategy": "no"}, "run.save_steps", None),
@@ -331,9 +342,17 @@ def refusal(args: Any, **given: Any) -> str:
     return str(caught.value)
 
 
-def test_tokens_per_second_are_in_every_line() -> None:
-    assert "tokens_per_second" in Meter().read(0.0)
+def test_tokens_are_in_every_line() -> None:
+    meter = Meter(tokens_seen=1000)
+    for _ in range(2):
+        meter.add(pairs=4, tokens=30)
+        meter.add(pairs=4, tokens=20)
+        record = meter.read(0.0)
+        assert record["tokens_per_second"] / record["pairs_per_second"] == pytest.approx(50 / 8)
+    assert record["num_input_tokens_seen"] == 1100
     assert translated(CPOConfig(include_tokens_per_second=True)) == translated(CPOConfig())
+    for counted in ("all", "non_padding"):
+        assert translated(CPOConfig(include_num_input_tokens_seen=counted)) == translated(CPOConfig())
 
 
 def test_tensorboard_is_written_anyway() -> None:
@@ -393,6 +412,13 @@ def test_saving_the_best_needs_a_metric() -> None:
     )
 
 
+def misspelled(name: str, value: Any) -> CPOConfig:
+    """With a value that the constructor of transformers would refuse."""
+    args = CPOConfig()
+    setattr(args, name, value)
+    return args
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -419,9 +445,14 @@ def test_saving_the_best_needs_a_metric() -> None:
             "CPOConfig.optim_args cannot be honoured; got 'momentum': write it as name=value,name=value",
         ),
         (
-            SimPOConfig(train_sampling_strategy="group_by_length"),
-            "SimPOConfig.train_sampling_strategy cannot be honoured; got 'group_by_length': leave it out: the "
-            "shuffled pairs of a step are dealt out by length anyway",
+            SimPOConfig(train_sampling_strategy="sequential", group_by_length=True),
+            "SimPOConfig.group_by_length cannot be honoured; got True: train_sampling_strategy is sequential, leave "
+            "one of them out",
+        ),
+        (
+            misspelled("train_sampling_strategy", "by_length"),
+            "CPOConfig.train_sampling_strategy cannot be honoured; got 'by_length': use random, sequential or "
+            "group_by_length",
         ),
         (
             CPOConfig(loss_type="kto_pair"),

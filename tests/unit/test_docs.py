@@ -162,6 +162,7 @@ def test_all_metrics_are_explained() -> None:
     text = (ROOT / "docs" / "training.md").read_text().partition("## Metrics")[2]
     named = re.findall(r"`([\w/]+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))
     timed = ["grad_norm", "learning_rate", "epoch", "pairs_per_second", "tokens_per_second", "data_wait"]
+    timed += ["num_input_tokens_seen"]
     assert sorted(named) == sorted([*METRICS, *timed])
 
 
