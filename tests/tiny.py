@@ -3,6 +3,7 @@
 Import it as `from tests.tiny import ...`: pytest runs with the repository root on its path.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,15 @@ import numpy as np
 import torch
 from fsspec.core import url_to_fs
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    RobertaTokenizer,
+    T5Tokenizer,
+)
 
 from ray_prefopt.data.blocks import (
     FORMAT,
@@ -127,6 +136,32 @@ def _trained() -> str:
     return str(tokenizer.to_str())
 
 
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """A unigram tokenizer of some 80 tokens in the form of T5's: EOS after a text."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = T5Tokenizer().backend_tokenizer.pre_tokenizer
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 2, trainer)
+    pieces = json.loads(backend.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0)
+
+
+def tiny_bart_tokenizer() -> RobertaTokenizer:
+    """The byte-level BPE of `tiny_tokenizer` in the form of BART's: BOS before a text, EOS after it."""
+    trained = json.loads(_trained())["model"]
+    tokens = dict.fromkeys(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *trained["vocab"]])
+    return RobertaTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(merge) for merge in trained["merges"]],
+    )
+
+
+ENCODER_DECODERS = {"t5": tiny_t5_tokenizer, "bart": tiny_bart_tokenizer}
+"""Architectures of an encoder and a decoder, with what makes their tokenizers."""
+
+
 def merge_tokenizer(
     letters: str, merges: Sequence[tuple[str, str]], **special: str
 ) -> PreTrainedTokenizerFast:
@@ -145,12 +180,30 @@ _SHAPE = {
     "head_dim": 8,
     "max_position_embeddings": 512,
 }
-_GPT2_SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "t5": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
+    "bart": {
+        "d_model": 32,
+        "max_position_embeddings": 512,
+        **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+        "dropout": 0.0,
+    },
+}
 
 
 def tiny_config(model_type: str = "qwen2", **overrides: Any) -> dict[str, Any]:
-    """`model.from_config` of a model with some 50 thousand weights: qwen2, llama, mistral, gemma2, gpt2, ..."""
-    shape = _GPT2_SHAPE if model_type == "gpt2" else _SHAPE
+    """`model.from_config` of a model with some 50 thousand weights: qwen2, llama, gemma2, gpt2, t5, bart, ..."""
+    shape = _SHAPES.get(model_type, _SHAPE)
     return {"model_type": model_type, "vocab_size": 512, **shape, **overrides}
 
 
@@ -160,15 +213,16 @@ def tiny_model(model_type: str = "qwen2", *, seed: int = 0, **overrides: Any) ->
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
     return model.eval()
 
 
 def save_tiny_model(
     folder: str | Path, kind: str = "qwen2", *, chat: str = "chatml", seed: int = 0, **overrides: Any
 ) -> str:
-    """Write a Hugging Face folder with that model and the tokenizer of a chat family; returns its path."""
-    tokenizer = tiny_tokenizer(chat)
+    """Write a Hugging Face folder with that model and its tokenizer, or that of a chat family; returns its path."""
+    tokenizer = ENCODER_DECODERS[kind]() if kind in ENCODER_DECODERS else tiny_tokenizer(chat)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = tiny_model(kind, seed=seed, **ids, pad_token_id=tokenizer.pad_token_id, **overrides)
     model.save_pretrained(folder)

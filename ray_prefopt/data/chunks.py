@@ -38,6 +38,7 @@ class TokenizeJob:
     columns: Mapping[str, str]
     assistant_header: AssistantHeader
     weights: tuple[float, ...]
+    is_encoder_decoder: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,10 @@ def tokenize_chunk(chunk: Chunk, job: TokenizeJob) -> Report:
     taken = [index for index, count in enumerate(times) if count]
     formatted = {index: _format_row(chunk.rows[index], template, job) for index in taken}
     pairs = {index: pair for index, pair in formatted.items() if isinstance(pair, PreferencePair)}
-    tokenized = dict(zip(pairs, tokenize_pairs(list(pairs.values()), tokenizer, job.limits), strict=True))
+    results = tokenize_pairs(
+        list(pairs.values()), tokenizer, job.limits, is_encoder_decoder=job.is_encoder_decoder
+    )
+    tokenized = dict(zip(pairs, results, strict=True))
 
     kept: list[TokenizedPair] = []
     dropped: dict[str, Drop] = {}

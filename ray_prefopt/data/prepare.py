@@ -30,7 +30,7 @@ from ray.data import DataContext, TaskPoolStrategy
 from ray.util.debug import log_once
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ray_prefopt.config import DataConfig, ModelConfig, Source
 from ray_prefopt.data.blocks import (
@@ -50,6 +50,7 @@ from ray_prefopt.data.rows import Lane
 from ray_prefopt.data.sources import lanes
 from ray_prefopt.data.tokenization import LengthLimits
 from ray_prefopt.errors import DataError, PrefoptError
+from ray_prefopt.model.load import load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
 
 CHUNK_ROWS = 1000
@@ -91,6 +92,7 @@ def prepare(
         columns=dict(data.columns.items()),
         assistant_header=data.assistant_header,
         weights=tuple(source.weight for source in sources),
+        is_encoder_decoder=order.recipe["encoder_decoder"],
     )
     try:
         reports = sorted(_watched(_run(order.work, job, chunk_rows), console), key=lambda report: report.key)
@@ -149,7 +151,7 @@ def _order(
         )
     tokenizer = load_tokenizer(model, data.chat_template)
     work = lanes(sources, data.columns)
-    recipe = _recipe(data, sources, work, tokenizer, chunk_rows)
+    recipe = _recipe(data, sources, work, tokenizer, load_architecture(model), chunk_rows)
     return _Order(tokenizer, work, recipe, _blocks_folder(storage, _fingerprint(recipe)))
 
 
@@ -165,6 +167,7 @@ def _recipe(
     sources: Sequence[Source],
     work: Sequence[Lane],
     tokenizer: PreTrainedTokenizerBase,
+    architecture: PretrainedConfig,
     chunk_rows: int,
 ) -> dict[str, Any]:
     """Everything that decides what is in the blocks, as JSON."""
@@ -178,7 +181,9 @@ def _recipe(
         "form": data.format,
         "columns": dict(sorted(data.columns.items())),
         "assistant_header": data.assistant_header,
+        "encoder_decoder": architecture.is_encoder_decoder,
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "empty_target": list(tokenizer(text_target="")["input_ids"]),
         "special_tokens": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "chat_template": _sha256(json.dumps(tokenizer.chat_template)),
         "tokenizers": ".".join(tokenizers.__version__.split(".")[:2]),

@@ -28,7 +28,7 @@ from ray_prefopt.data.chunks import Report
 from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.errors import DataError, ResourceError
 from ray_prefopt.training.loop import make_plan
-from tests.tiny import CHATML, chat_row, merge_tokenizer
+from tests.tiny import CHATML, chat_row, merge_tokenizer, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -50,7 +50,7 @@ def make(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 
     def make(train: Any, *, chunk_rows: int = 2, progress: bool = False, **fields: Any) -> Blocks:
         data = DataConfig.model_validate({"train": train, **fields})
-        model = ModelConfig(path=tokenizer)
+        model = model_with(tokenizer)
         return prepare(
             data, model, data.train_sources, str(tmp_path / "store"), chunk_rows=chunk_rows, progress=progress
         )
@@ -59,6 +59,10 @@ def make(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 Make = Callable[..., Blocks]
+
+
+def model_with(tokenizer: str) -> ModelConfig:
+    return ModelConfig(from_config=tiny_config(), tokenizer=tokenizer)
 
 
 def row(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -228,10 +232,7 @@ def test_what_changes_the_blocks_changes_their_folder(make: Make, tmp_path: Path
 
     def is_found(train: Any = "a.jsonl", tokenizer: str = tokenizer, **fields: Any) -> bool:
         data = DataConfig.model_validate({"train": train, **fields})
-        return (
-            find_blocks(data, ModelConfig(path=tokenizer), data.train_sources, f"{tmp_path}/store")
-            is not None
-        )
+        return find_blocks(data, model_with(tokenizer), data.train_sources, f"{tmp_path}/store") is not None
 
     assert not is_found()
     make("a.jsonl", chunk_rows=prepare_module.CHUNK_ROWS)
@@ -352,7 +353,8 @@ def test_two_drivers_at_once_both_succeed(make: Make, tmp_path: Path, tokenizer:
         "address, pairs, tokenizer, store = sys.argv[1:]\n"
         "ray.init(address=address, log_to_driver=False)\n"
         "data = DataConfig(train=pairs)\n"
-        "print(prepare(data, ModelConfig(path=tokenizer), data.train_sources, store, chunk_rows=3).folder)"
+        "model = ModelConfig(from_config={'model_type': 'qwen2'}, tokenizer=tokenizer)\n"
+        "print(prepare(data, model, data.train_sources, store, chunk_rows=3).folder)"
     )
     address = ray.get_runtime_context().gcs_address
     drivers = [

@@ -31,7 +31,7 @@ def test_two_pairs_of_different_lengths() -> None:
         [1, 1, 1, 1, 1],
     ]
     # the last token of the prompt predicts the first of the completion, and the last token predicts nothing
-    assert batch.predicts_RT.int().tolist() == [
+    assert batch.predicts_RD.int().tolist() == [
         [0, 1, 1, 0, 0],
         [1, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
@@ -44,14 +44,31 @@ def test_two_pairs_of_different_lengths() -> None:
 
 def test_prompts_of_a_pair_may_end_at_different_tokens() -> None:
     batch = collate([TokenizedPair([1, 2, 3], [1, 2, 3], chosen_start=1, rejected_start=2)], pad_id=PAD)
-    assert batch.predicts_RT.int().tolist() == [[1, 1, 0], [0, 1, 0]]
+    assert batch.predicts_RD.int().tolist() == [[1, 1, 0], [0, 1, 0]]
     assert batch.targets_S.tolist() == [2, 3, 3]
 
 
 def test_nothing_predicts_a_very_first_token() -> None:
     batch = collate([TokenizedPair([1, 2], [3, 4], chosen_start=0, rejected_start=1)], pad_id=PAD)
-    assert batch.predicts_RT.int().tolist() == [[1, 0], [1, 0]]
+    assert batch.predicts_RD.int().tolist() == [[1, 0], [1, 0]]
     assert batch.targets_S.tolist() == [2, 4]
+
+
+def test_an_encoder_reads_prompts_and_a_decoder_completions() -> None:
+    pairs = [
+        TokenizedPair(chosen=[1, 2, 3, 4], rejected=[1, 2, 5], chosen_start=2, rejected_start=2),
+        TokenizedPair(chosen=[6, 7], rejected=[6, 8, 0, 9], chosen_start=1, rejected_start=1),
+    ]
+    batch = collate(pairs, pad_id=PAD, decoder_start_id=5)
+    assert batch.input_ids_RT.tolist() == [[1, 2], [6, PAD], [1, 2], [6, PAD]]
+    assert batch.attention_mask_RT.tolist() == [[1, 1], [1, 0], [1, 1], [1, 0]]
+    # the start predicts the first token of the completion, and the last token predicts nothing
+    assert batch.decoder_input_ids_RD is not None
+    assert batch.decoder_input_ids_RD.tolist() == [[5, 3, PAD], [5, PAD, PAD], [5, PAD, PAD], [5, 8, 0]]
+    assert batch.predicts_RD.int().tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch.targets_S.tolist() == [3, 4, 7, 5, 8, 0, 9]
+    assert batch.num_tokens == 8 + 12
+    assert_equal(batch.to(torch.device("cpu")), batch)
 
 
 def test_filler_has_no_weight() -> None:
@@ -95,6 +112,6 @@ def test_rows_and_completions_come_back(pairs: list[TokenizedPair], pad_id: int)
     rows = zip(batch.input_ids_RT, batch.attention_mask_RT.bool(), strict=True)
     assert [row[mask].tolist() for row, mask in rows] == [tokens for tokens, _ in sides]
     assert batch.targets_S.tolist() == [token for tokens, start in sides for token in tokens[start:]]
-    assert batch.predicts_RT.sum(1).tolist() == [len(tokens) - start for tokens, start in sides]
+    assert batch.predicts_RD.sum(1).tolist() == [len(tokens) - start for tokens, start in sides]
     assert batch.input_ids_RT.shape[1] == max(len(tokens) for tokens, _ in sides)
     assert set(batch.input_ids_RT[batch.attention_mask_RT == 0].tolist()) <= {pad_id}

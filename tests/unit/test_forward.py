@@ -1,5 +1,6 @@
 """Log-probabilities of a batch equal those of each sequence by itself, from all logits, written the long way."""
 
+import copy
 import inspect
 from functools import cache
 from types import SimpleNamespace
@@ -8,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from ray_prefopt.data.collate import collate
+from ray_prefopt.data.collate import PairBatch, collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.losses import logps as logps_module
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.model.forward import keeps_logits, pair_logps
-from tests.tiny import tiny_model
+from ray_prefopt.model.load import decoder_start_id
+from tests.tiny import tiny_config, tiny_model
 
 PAD = 0
 
@@ -29,6 +32,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
 }
 """Families with a cap or a scale on their logits, positions that are learnt, and ALiBi."""
+_GEMMA = {name: value for name, value in tiny_config().items() if name != "model_type"}
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "t5": {},
+    "bart": {},
+    "t5gemma": {
+        "encoder": _GEMMA,
+        "decoder": {**_GEMMA, "bos_token_id": 7, "cross_attention_hidden_size": 32},
+        "dropout_rate": 0.0,
+    },
+}
+"""The last of them restricts its head."""
+MODELS |= ENCODER_DECODERS
 
 
 @cache
@@ -52,13 +67,22 @@ def pairs_of(count: int, *, seed: int = 0) -> list[TokenizedPair]:
 
 def side_by_itself(model: nn.Module, ids: list[int], start: int) -> tuple[Tensor, Tensor]:
     """Summed log-probability of ids[start:], and the mean of all logits that predict them."""
-    logits = model(input_ids=torch.tensor([ids])).logits[0]
+    if model.config.is_encoder_decoder:
+        first = decoder_start_id(model.config)
+        rows = {"input_ids": ids[:start], "decoder_input_ids": [first, *ids[start:]]}
+        logits = model(**{name: torch.tensor([row]) for name, row in rows.items()}).logits[0]
+    else:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 :]
     total, mean = torch.zeros(()), torch.zeros(())
-    for position in range(start, len(ids)):
-        probabilities = torch.log_softmax(logits[position - 1].double(), dim=-1)
-        total = total + probabilities[ids[position]].float()
-        mean = mean + logits[position - 1].mean() / (len(ids) - start)
+    for position, token in enumerate(ids[start:]):
+        probabilities = torch.log_softmax(logits[position].double(), dim=-1)
+        total = total + probabilities[token].float()
+        mean = mean + logits[position].mean() / (len(ids) - start)
     return total, mean
+
+
+def batch_of(model: nn.Module, pairs: list[TokenizedPair]) -> PairBatch:
+    return collate(pairs, pad_id=PAD, decoder_start_id=decoder_start_id(model.config))
 
 
 def by_themselves(model: nn.Module, pairs: list[TokenizedPair]) -> dict[str, Tensor]:
@@ -83,7 +107,7 @@ def assert_equal(found: PairLogps, expected: dict[str, Tensor]) -> None:
 def test_log_probabilities_equal_those_of_each_sequence(kind: str) -> None:
     model, pairs = model_of(kind), pairs_of(5)
     with torch.no_grad():
-        found = pair_logps(model, collate(pairs, pad_id=PAD), keep_logits=keeps_logits(model))
+        found = pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
         assert_equal(found, by_themselves(model, pairs))
     assert found.chosen.dtype == torch.float32
     torch.testing.assert_close(found.chosen_mean, found.chosen / found.chosen_len)
@@ -114,7 +138,7 @@ def test_gradients_equal_those_of_each_sequence(kind: str) -> None:
         objective = (chosen @ torch.tensor([1.0, -2.0, 0.5]) + rejected @ torch.tensor([0.5, 1.0, -1.0])) / 10
         return list(torch.autograd.grad(objective, list(model.parameters())))
 
-    found = pair_logps(model, collate(pairs, pad_id=PAD), keep_logits=keeps_logits(model))
+    found = pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
     expected = by_themselves(model, pairs)
     torch.testing.assert_close(
         gradient(found.chosen, found.rejected),
@@ -149,11 +173,16 @@ def test_a_head_that_cannot_be_restricted_gives_the_same(kind: str) -> None:
         torch.testing.assert_close(getattr(whole, name), getattr(kept, name), rtol=1e-6, atol=1e-6)
 
 
-def test_only_scored_positions_reach_the_head() -> None:
-    model, pairs = model_of("qwen2"), pairs_of(4)
+@pytest.mark.parametrize("kind", ["qwen2", "t5gemma", "qwen2 with adapters"])
+def test_only_scored_positions_reach_the_head(kind: str) -> None:
+    model, pairs = model_of(kind.split()[0]), pairs_of(4)
+    head = model.get_output_embeddings()
+    if kind.endswith("adapters"):
+        model = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM"))
+        head = model.get_output_embeddings()
     shapes: list[torch.Size] = []
-    hook = model.lm_head.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
-    pair_logps(model, collate(pairs, pad_id=PAD))
+    hook = head.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
     hook.remove()
     scored = sum(
         len(pair.chosen) - pair.chosen_start + len(pair.rejected) - pair.rejected_start for pair in pairs
@@ -163,6 +192,8 @@ def test_only_scored_positions_reach_the_head() -> None:
 
 def test_which_models_restrict_their_head() -> None:
     assert keeps_logits(model_of("qwen2"))
+    for kind in ENCODER_DECODERS:
+        assert keeps_logits(model_of(kind)) == (kind == "t5gemma")
 
     class Old(nn.Module):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -180,7 +211,7 @@ def test_the_model_is_told_what_it_needs_and_nothing_else() -> None:
     def forward(**inputs: Any) -> Any:
         told.update(inputs)
         return SimpleNamespace(
-            logits=torch.zeros(int(batch.predicts_RT.sum()), 8), aux_loss=torch.tensor(7.0)
+            logits=torch.zeros(int(batch.predicts_RD.sum()), 8), aux_loss=torch.tensor(7.0)
         )
 
     def forward_all(**inputs: Any) -> Any:
@@ -192,7 +223,7 @@ def test_the_model_is_told_what_it_needs_and_nothing_else() -> None:
     found = pair_logps(forward, batch)
     assert told.keys() == {"input_ids", "attention_mask", "use_cache", "logits_to_keep"}
     assert told["use_cache"] is False
-    assert told["logits_to_keep"] is batch.predicts_RT
+    assert told["logits_to_keep"] is batch.predicts_RD
     assert found.aux_loss == 7.0
     torch.testing.assert_close(found.chosen_mean, torch.full((2,), -np.log(8.0), dtype=torch.float32))
     pair_logps(forward_all, batch, keep_logits=False)
@@ -232,6 +263,6 @@ def test_half_precision_logits_are_summed_in_fp32() -> None:
     """A hundred tokens of probability 1/8: in bfloat16 the sum would be off by some 0.5."""
     pair = TokenizedPair([1] * 101, [1] * 101, 1, 1)
     batch = collate([pair], pad_id=PAD)
-    logits = torch.zeros(int(batch.predicts_RT.sum()), 8, dtype=torch.bfloat16)
+    logits = torch.zeros(int(batch.predicts_RD.sum()), 8, dtype=torch.bfloat16)
     found = pair_logps(lambda **_: SimpleNamespace(logits=logits), batch)
     assert found.chosen.item() == pytest.approx(-100 * np.log(8.0), rel=1e-6)

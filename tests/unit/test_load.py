@@ -173,6 +173,19 @@ def test_adapters_are_where_the_config_says(targets: Any, expected: set[str]) ->
     assert ("layers.0" in " ".join(trained)) == (not str(targets).startswith(".*"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "linear"),
+    [
+        ("t5", {"q", "k", "v", "o", "wi", "wo"}),
+        ("bart", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    ],
+)
+def test_adapters_are_in_encoders_and_decoders(kind: str, linear: set[str]) -> None:
+    model = built(from_config=tiny_config(kind), lora={"r": 2})
+    assert adapted(model) == linear
+    assert model.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+
+
 def test_an_adapter_changes_nothing_before_training_and_depends_on_the_seed_alone() -> None:
     ids = torch.arange(8).view(1, 8)
     one, two, other = (built(lora={"r": 4}, seed=seed) for seed in (1, 1, 2))

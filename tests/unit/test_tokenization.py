@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from ray_prefopt.data.formats import PreferencePair, Skipped
 from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
-from tests.tiny import CHATS, CORPUS, merge_tokenizer, tiny_tokenizer
+from tests.tiny import (
+    CHATS,
+    CORPUS,
+    merge_tokenizer,
+    tiny_bart_tokenizer,
+    tiny_t5_tokenizer,
+    tiny_tokenizer,
+)
 
 A, B, C, D, E, F, X, BOS, EOS = range(9)
 LETTERS = merge_tokenizer("abcdefx", [], bos_token="<s>", eos_token="</s>")
@@ -25,9 +34,12 @@ def one(
     rejected: str,
     tokenizer: Any = LETTERS,
     limits: LengthLimits = ROOMY,
+    *,
+    is_encoder_decoder: bool = False,
     **kind: bool,
 ) -> TokenizedPair | Skipped:
-    (result,) = tokenize_pairs([PreferencePair(prompt, chosen, rejected, **kind)], tokenizer, limits)
+    pair = PreferencePair(prompt, chosen, rejected, **kind)
+    (result,) = tokenize_pairs([pair], tokenizer, limits, is_encoder_decoder=is_encoder_decoder)
     return result
 
 
@@ -218,6 +230,104 @@ def test_a_prompt_that_cannot_be_cut_far_enough_is_skipped() -> None:
     assert skipped == Skipped("empty_completion", "no completion token fits max_length (4)")
 
 
+# --- encoder-decoders ---
+
+
+def framing(before: str, after: str, **special: str) -> PreTrainedTokenizerFast:
+    """The hand tokenizer, which puts BOS or EOS around a text by itself."""
+    tokenizer = merge_tokenizer("abcdefx", [], bos_token="<s>", eos_token="</s>", **special)
+    ids = [("<s>", BOS), ("</s>", EOS)]
+    form = " ".join(part for part in (before, "$A", after) if part)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=ids
+    )
+    return tokenizer
+
+
+T5, BART, BARE = framing("", "</s>"), framing("<s>", "</s>"), framing("", "")
+
+
+def apart(
+    prompt: str, chosen: str, rejected: str, tokenizer: Any = T5, **given: Any
+) -> TokenizedPair | Skipped:
+    return one(prompt, chosen, rejected, tokenizer, is_encoder_decoder=True, **given)
+
+
+def test_an_encoder_and_a_decoder_read_texts_of_their_own() -> None:
+    """'ab' is one token, but none reaches over the end of a prompt."""
+    assert apart("ab", "c", "de") == TokenizedPair([A, B, EOS, C, EOS], [A, B, EOS, D, E, EOS], 3, 3)
+    merging = merge_tokenizer("abc", [("a", "b")], eos_token="</s>")
+    assert apart("a", "b", "c", merging) == TokenizedPair([0, 1, 4], [0, 2, 4], 1, 1)
+
+
+def test_texts_have_the_special_tokens_of_the_tokenizer() -> None:
+    expected = TokenizedPair([BOS, A, EOS, BOS, B, EOS], [BOS, A, EOS, BOS, C, EOS], 3, 3)
+    assert apart("a", "b", "c", BART) == expected
+    assert apart("<s>a</s>", "b</s>", "<s>c", BART) == expected  # never two of them
+
+
+def test_completions_end_when_the_tokenizer_adds_nothing() -> None:
+    assert apart("a", "b", "c</s>", BARE) == TokenizedPair([A, B, EOS], [A, C, EOS], 1, 1)
+
+
+def test_a_templated_completion_ends_with_its_own_token() -> None:
+    tokenizer = framing("", "</s>", extra_special_tokens=["<end>"])
+    end = len(tokenizer) - 1
+    assert apart("a", "b<end>", "c", tokenizer, templated=True) == TokenizedPair(
+        [A, EOS, B, end], [A, EOS, C, EOS], 2, 2
+    )
+    assert apart("a", "b<end>", "c", tokenizer) == TokenizedPair(
+        [A, EOS, B, end, EOS], [A, EOS, C, EOS], 2, 2
+    )
+
+
+def test_prompt_and_completions_are_cut_each_to_its_bound() -> None:
+    """Special tokens stay where they are."""
+    bounds = limits(100, 4, 3)
+    assert apart("abcdef", "abcd", "ab", BART, limits=bounds) == TokenizedPair(
+        [BOS, E, F, EOS, BOS, A, EOS], [BOS, E, F, EOS, BOS, A, EOS], 4, 4, ("prompt", "chosen", "rejected")
+    )
+    ends = limits(100, 4, 4, "keep_start")
+    assert apart("abcdef", "abcd", "ab</s>", BART, limits=ends) == TokenizedPair(
+        [BOS, A, B, EOS, BOS, A, B, EOS], [BOS, A, B, EOS, BOS, A, B, EOS], 4, 4, ("prompt", "chosen")
+    )
+
+
+def test_max_length_bounds_each_of_them() -> None:
+    assert apart("abcdef", "abcdef", "a", limits=limits(3)) == TokenizedPair(
+        [E, F, EOS, A, B, EOS], [E, F, EOS, A, EOS], 3, 3, ("prompt", "chosen")
+    )
+    # together they may be longer
+    assert apart("ab", "ab", "a", limits=limits(3)) == TokenizedPair(
+        [A, B, EOS, A, B, EOS], [A, B, EOS, A, EOS], 3, 3
+    )
+
+
+def test_an_encoder_may_read_special_tokens_alone() -> None:
+    assert apart("", "a", "b") == TokenizedPair([EOS, A, EOS], [EOS, B, EOS], 1, 1)
+    assert apart("abc", "a", "b", BART, limits=limits(9, 1)) == TokenizedPair(
+        [BOS, EOS, BOS, A, EOS], [BOS, EOS, BOS, B, EOS], 2, 2, ("prompt",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokenizer", "bounds", "reason", "detail"),
+    [
+        (("a", "", "b"), T5, ROOMY, "empty_completion", "chosen has no token"),
+        (("a", "b", ""), BART, ROOMY, "empty_completion", "rejected has no token"),
+        (("", "a", "b"), BARE, ROOMY, "empty_prompt", "the prompt has no token, and the tokenizer adds none"),
+        (("a", "b", "c"), BART, limits(9, None, 2), "empty_completion", "no token of chosen fits beside the"),
+    ],
+)
+def test_what_an_encoder_decoder_cannot_score(
+    texts: tuple[str, str, str], tokenizer: Any, bounds: LengthLimits, reason: str, detail: str
+) -> None:
+    found = apart(*texts, tokenizer, limits=bounds)
+    assert isinstance(found, Skipped)
+    assert found.reason == reason
+    assert found.detail.startswith(detail)
+
+
 # --- whatever the text ---
 
 PIECES = [
@@ -278,3 +388,35 @@ def test_what_always_holds(
                     tokenizer(pair.prompt + completion, add_special_tokens=False)["input_ids"]
                 )
                 assert whole in text
+
+
+@settings(deadline=None)
+@given(
+    tokenizer=st.sampled_from([tiny_t5_tokenizer(), tiny_bart_tokenizer()]),
+    texts=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=4),
+    max_length=st.integers(2, 40),
+    max_prompt=st.none() | st.integers(2, 30),
+    max_completion=st.none() | st.integers(1, 10),
+    mode=st.sampled_from(["keep_end", "keep_start"]),
+)
+def test_what_always_holds_apart(
+    tokenizer: Any,
+    texts: list[tuple[str, str, str]],
+    max_length: int,
+    max_prompt: int | None,
+    max_completion: int | None,
+    mode: Any,
+) -> None:
+    bounds = LengthLimits(max_length, max_prompt, max_completion, mode)
+    pairs = [PreferencePair(*each) for each in texts]
+    for result in tokenize_pairs(pairs, tokenizer, bounds, is_encoder_decoder=True):
+        if isinstance(result, Skipped):
+            assert result.reason == "empty_completion"
+            continue
+        start = result.chosen_start
+        assert start == result.rejected_start
+        assert result.chosen[:start] == result.rejected[:start]
+        assert start <= min(max_length, max_prompt or max_length)
+        for ids in (result.chosen, result.rejected):
+            assert 2 <= len(ids) - start <= min(max_length, max_completion or max_length)
+            assert ids[-1] == ids[start - 1] == tokenizer.eos_token_id
