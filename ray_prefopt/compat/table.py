@@ -131,7 +131,7 @@ IGNORED = {
     "padding_value": "padding is masked, so its id changes nothing",
     "use_cache": "training keeps no cache",
     "average_tokens_across_devices": "losses are divided by the pairs of the whole step on all workers",
-    "logging_dir": "TensorBoard events are in the folder `tensorboard` of the run, where a resumed run goes on with them",
+    "logging_dir": "TensorBoard events are in the folder `tensorboard` of the run, where a resumed run goes on",
     "label_names": "what is scored follows from the pair, in TRL's trainer too",
     "logging_nan_inf_filter": "a loss or gradient that is not finite stops the run",
     **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"),

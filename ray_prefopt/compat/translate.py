@@ -149,7 +149,9 @@ def _data(args: Args) -> dict[str, Any]:
     if strategy not in ("random", "sequential", "batch_rebalance", "group_by_length"):
         raise _refusal(args, "train_sampling_strategy", "use random, sequential or group_by_length")
     if args.group_by_length and strategy == "sequential":
-        raise _refusal(args, "group_by_length", "train_sampling_strategy is sequential, leave one of them out")
+        raise _refusal(
+            args, "group_by_length", "train_sampling_strategy is sequential, leave one of them out"
+        )
     max_length = 512 if args.max_length is None else args.max_length
     # What a user has not chosen may not fit what he has.
     default = 512 if isinstance(args, CPOConfig) else 128

@@ -17,6 +17,7 @@ from tests.tiny import random_pairs, write_blocks
 
 SAME_RANKS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain, by length": {"data": {"group_by_length": True}},
     **{f"zero {stage}": {"engine": f"zero{stage}"} for stage in range(4)},
     **{f"zero {stage}, bf16": {"engine": f"zero{stage}", "dtype": "bfloat16"} for stage in (1, 2, 3)},
     "plain, bf16": {"dtype": "bfloat16"},
