@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.model.load import decoder_start_id
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
 from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
@@ -45,7 +47,8 @@ from ray_prefopt.training.predictions import Evaluation, Predictions, computed
 from ray_prefopt.training.step import StepInput, evaluate, train_step
 
 Record = dict[str, float]
-Repack = Callable[[list[TokenizedPair]], list[TokenizedPair]]
+Pack = Callable[[list[TokenizedPair], float], PairBatch]
+"""A micro-batch of pairs that all have this weight."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class _Training:
         self._state = checkpoint.state if checkpoint else LoopState()
         _check_order(plan, self._state)
         self._objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-        self._evaluations = _eval_sets(job)
+        self._evaluations = _eval_sets(job, engine)
         self._best_metric = best_metric(
             self._run, self._evaluations, is_open=job.hooks.compute_metrics is not None
         )
@@ -125,9 +128,8 @@ class _Training:
         if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
             self._evaluate()
         reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
-        inputs = step_inputs(
-            self._plan, self._blocks, reader, self._state.step, self._job.pad_id, self._job.hooks.repack
-        )
+        pack = _packing(self._job, self._engine)
+        inputs = step_inputs(self._plan, self._blocks, reader, self._state.step, pack)
         with closing(Prefetched(inputs)) as prefetched:
             for inputs_of_step in prefetched:
                 self._step(inputs_of_step, prefetched)
@@ -239,7 +241,7 @@ def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     torch.set_num_threads(job.config.run.cpus_per_worker)
     engine = _engine_at(job, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-    return _evaluate_all(engine, _eval_sets(job), objective, job)
+    return _evaluate_all(engine, _eval_sets(job, engine), objective, job)
 
 
 def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
@@ -264,23 +266,32 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
 
 
 def step_inputs(
-    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pad_id: int, repack: Repack | None = None
+    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pack: Pack
 ) -> Iterator[StepInput]:
     """This rank's inputs of every step from `start` to the end of the plan."""
     rank, world_size = ranks.rank(), ranks.world_size()
     for step in range(start, plan.total_steps):
         ids = plan.step_ids(step)
         micro_ids = plan.micro_batches(step, rank, world_size)
-        batches = [_batch(reader, micro, ids, pad_id, repack) for micro in micro_ids]
+        batches = [_batch(reader, micro, ids, pack) for micro in micro_ids]
         yield StepInput(step, StepTotals(len(ids), int(blocks.chosen_lengths[ids].sum())), batches, micro_ids)
 
 
-def _batch(reader: PairReader, ids: Ids, others: Ids, pad_id: int, repack: Repack | None) -> PairBatch:
+def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> PairBatch:
     """The pairs with these ids; one of `others` with weight 0 when there are none, so that ranks stay in step."""
-    pairs: list[TokenizedPair] = reader.read(ids if len(ids) else others[:1])
-    if repack is not None:
-        pairs = repack(pairs)
-    return collate(pairs, pad_id=pad_id, weight=1.0 if len(ids) else 0.0)
+    return pack(reader.read(ids if len(ids) else others[:1]), 1.0 if len(ids) else 0.0)
+
+
+def _packing(job: Job, engine: Engine) -> Pack:
+    """Micro-batches as the model reads them."""
+    architecture: Any = engine.module.config
+    start, repack = decoder_start_id(architecture), job.hooks.repack
+
+    def pack(pairs: list[TokenizedPair], weight: float) -> PairBatch:
+        pairs = pairs if repack is None else repack(pairs)
+        return collate(pairs, pad_id=job.pad_id, decoder_start_id=start, weight=weight)
+
+    return pack
 
 
 @dataclass(frozen=True)
@@ -289,8 +300,7 @@ class EvalSet:
 
     blocks: Blocks
     micro_batch: int
-    pad_id: int
-    repack: Repack | None = None
+    pack: Pack
 
     @property
     def totals(self) -> StepTotals:
@@ -304,15 +314,13 @@ class EvalSet:
     def batches(self) -> Iterator[PairBatch]:
         reader = PairReader(self.blocks)
         for micro in self.micro_ids():
-            yield _batch(reader, micro, np.arange(1), self.pad_id, self.repack)
+            yield _batch(reader, micro, np.arange(1), self.pack)
 
 
-def _eval_sets(job: Job) -> dict[str, EvalSet]:
+def _eval_sets(job: Job, engine: Engine) -> dict[str, EvalSet]:
     micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
-    return {
-        name: EvalSet(open_blocks(folder), micro_batch, job.pad_id, job.hooks.repack)
-        for name, folder in job.eval_blocks.items()
-    }
+    pack = _packing(job, engine)
+    return {name: EvalSet(open_blocks(folder), micro_batch, pack) for name, folder in job.eval_blocks.items()}
 
 
 def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Objective, job: Job) -> Evaluation:

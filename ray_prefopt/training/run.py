@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 from fsspec.core import url_to_fs
-from transformers import AutoModelForCausalLM, EvalPrediction, PretrainedConfig
+from transformers import EvalPrediction, PretrainedConfig
 
 from ray_prefopt.config import ModelConfig, Source, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
@@ -21,7 +21,7 @@ from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError
-from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
+from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
@@ -200,7 +200,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 
 def _describe_model(config: ModelConfig, architecture: PretrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        model = model_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
     return {
         "architecture": architecture.model_type,
         "parameters": model.num_parameters(),
