@@ -383,6 +383,8 @@ class RunConfig(Config):
     """Pairs per optimizer step, over all workers."""
     micro_batch: int = Field(4, ge=1)
     """Pairs per forward pass of a worker."""
+    auto_find_batch_size: bool = False
+    """Where a worker runs out of memory, go on with half the micro_batch; the global batch stays as it is."""
     eval_micro_batch: int | None = Field(None, ge=1)
     """Pairs per forward pass of an evaluation; micro_batch when not given."""
     epochs: int | float = Field(1, gt=0)

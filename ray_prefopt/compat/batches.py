@@ -1,6 +1,6 @@
 """TRL's rows and padded batches (`chosen_input_ids`, `chosen_attention_mask`, `chosen_labels`, ...), and pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.errors import ConfigError
 
 LABEL_PAD = -100
 """Label of a token that is not scored."""
@@ -61,3 +62,26 @@ def _side(side: str, ids: list[int], start: int) -> dict[str, list[int]]:
         f"{side}_attention_mask": [1] * len(ids),
         f"{side}_labels": [LABEL_PAD] * start + ids[start:],
     }
+
+
+def repacked(
+    collator: Callable[[list[dict[str, Any]]], Batch], pairs: Sequence[TokenizedPair]
+) -> list[TokenizedPair]:
+    """The pairs after a collator written for TRL, which makes a padded batch of rows, has had its way with them.
+
+    Raises ConfigError when it does not return a batch of as many pairs.
+    """
+    rows = [
+        row_of(TokenizedPair(list(pair.chosen), list(pair.rejected), pair.chosen_start, pair.rejected_start))
+        for pair in pairs
+    ]
+    batch = collator([dict(row) for row in rows])
+    missing = sorted(rows[0].keys() - batch.keys() - {"prompt_input_ids", "prompt_attention_mask"})
+    if missing:
+        raise ConfigError(
+            f"data_collator: its batch has no {', '.join(missing)}; it has {', '.join(sorted(batch))}"
+        )
+    found = pairs_of(batch)
+    if len(found) != len(pairs):
+        raise ConfigError(f"data_collator: got {len(found)} pairs for {len(pairs)}; return one row for each")
+    return found

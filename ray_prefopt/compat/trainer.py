@@ -7,6 +7,7 @@ TrainConfig, and hands over to `training.run`.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +15,23 @@ from typing import Any, Literal
 import ray.train
 import torch
 from huggingface_hub import HfApi
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
     TrainerState,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from ray_prefopt.compat.batches import LABEL_PAD, Batch, pairs_of, row_of, stacked
+from ray_prefopt.compat.batches import LABEL_PAD, Batch, pairs_of, repacked, row_of, stacked
+from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.inputs import Pairs, model_values, pairs_source
 from ray_prefopt.compat.translate import to_train_config
@@ -33,63 +40,52 @@ from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
 from ray_prefopt.data.prepare import length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
+from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError, DataError
 from ray_prefopt.losses.logps import PairLogps
-from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
-from ray_prefopt.losses.preference import alpha_reward
+from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses, pair_rewards
 from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.load import load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
+from ray_prefopt.training.hooks import ComputeMetrics, Hooks
 from ray_prefopt.training.metrics import means
-from ray_prefopt.training.run import TrainResult, evaluate, train
-
-REFUSED = {
-    "data_collator": "pairs are packed by ray_prefopt.data.collate, so that ranks carry equal work: leave it out",
-    "callbacks": "workers report to metrics.jsonl and TensorBoard in the run's folder: read those",
-    "optimizers": "an optimizer cannot be moved to the workers: name it in args.optim and args.lr_scheduler_type",
-    "preprocess_logits_for_metrics": "logits are never held as a whole: leave it out",
-    "compute_metrics": "evaluation reports TRL's reward metrics: leave it out",
-}
-"""Constructor arguments that the workers have no place for."""
+from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, train
 
 
 class CPOTrainer:
     """Trains with CPO, SimPO or CPO-SimPO on Ray workers, called as TRL's trainer of the same name is.
 
-    `model` is a path, hub id or PreTrainedModel; datasets may be in memory, Ray Datasets, or paths; `tokenizer` is the
-    older name of `processing_class`. `scaling_config` says how many workers there are and whether each has a GPU; one
-    on the CPU, or one for each GPU of this machine, when it is not given. Raises ConfigError for arguments that cannot
-    be honoured, each with what to do instead.
+    `model` is a path, hub id, PreTrainedModel or PeftModel; datasets may be in memory, Ray Datasets, or paths;
+    `tokenizer` is the older name of `processing_class`. Callbacks, metrics, collator and optimizer are sent to the
+    workers; what callbacks gather there is theirs here when `train` returns. `scaling_config` says how many workers
+    there are and what each has; one on the CPU, or one for each GPU of this machine, when it is not given. `run_config`
+    names the run and its storage. Raises ConfigError for arguments that cannot be honoured, each with what to do
+    instead.
     """
 
     _default_args: type[CPOConfig | SimPOConfig] = CPOConfig
 
     def __init__(
         self,
-        model: str | PreTrainedModel | None = None,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: CPOConfig | SimPOConfig | None = None,
-        data_collator: Any = None,
+        data_collator: DataCollator | None = None,
         train_dataset: Pairs | None = None,
         eval_dataset: Pairs | Mapping[str, Pairs] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[[], PreTrainedModel] | None = None,
-        callbacks: Sequence[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        preprocess_logits_for_metrics: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: Any = None,
-        compute_metrics: Any = None,
+        compute_metrics: ComputeMetrics | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         scaling_config: ray.train.ScalingConfig | None = None,
+        run_config: ray.train.RunConfig | None = None,
     ) -> None:
-        _refuse(
-            data_collator=data_collator,
-            callbacks=callbacks or None,
-            optimizers=None if tuple(optimizers) == (None, None) else optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            compute_metrics=compute_metrics,
-        )
         if (model is None) == (model_init is None):
             raise ConfigError("model, model_init: give one of the two")
         self.args: CPOConfig | SimPOConfig = (
@@ -97,17 +93,27 @@ class CPOTrainer:
         )
         self.model: Any = model if model_init is None else model_init()
         self.processing_class = processing_class if processing_class is not None else tokenizer
+        self.callbacks = [each() if isinstance(each, type) else each for each in callbacks or ()]
         self.state = TrainerState()
         self._inputs = Path(str(self.args.output_dir)).absolute() / "inputs"
-        scaling = scaling_config or _workers_of_this_machine()
         self._train, self._eval = train_dataset, eval_dataset
+        self._hooks = Hooks(
+            arguments=self.args,
+            compute_metrics=None if self.args.prediction_loss_only else compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            include_for_metrics=_included(self.args),
+            repack=None if data_collator is None else partial(repacked, data_collator),
+            own_optimizer=_own_optimizer(optimizers, self.model, peft_config),
+        )
+        cluster = run_values(scaling_config, run_config)
         self._translated = partial(
             to_train_config,
             self.args,
             model=model_values(self.model, self.processing_class, self._inputs),
-            num_workers=_number_of(scaling),
-            use_gpu=bool(scaling.use_gpu),
+            num_workers=cluster.pop("num_workers"),
+            use_gpu=cluster.pop("use_gpu"),
             peft_config=peft_config,
+            cluster=cluster,
         )
         self._config = self._translated(
             data={"train": [], **({"eval": None} if eval_dataset is None else {})}
@@ -115,6 +121,7 @@ class CPOTrainer:
         if self.processing_class is None:
             self.processing_class = load_tokenizer(self._config.model)
         self._result: TrainResult | None = None
+        self._notify("on_init_end")
 
     # --- Runs ---
 
@@ -122,21 +129,23 @@ class CPOTrainer:
         self,
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        ignore_keys_for_eval: list[str] | None = None,  # noqa: ARG002  # TRL's signature
     ) -> TrainOutput:
         """Train to the end; afterwards `model` holds the trained weights and `state` what was logged.
 
         `resume_from_checkpoint`: True goes on with the run in args.output_dir, a path with that checkpoint; otherwise
-        the run begins anew, and an older one in args.output_dir is moved aside.
+        the run begins anew, and an older one in args.output_dir is moved aside. `ignore_keys_for_eval` has no effect:
+        no output of the model is gathered but the rewards.
         """
-        if trial is not None or ignore_keys_for_eval is not None:
-            raise ConfigError("train: trial and ignore_keys_for_eval have no meaning here; leave them out")
+        if trial is not None:
+            raise ConfigError("train: trial has no meaning here; leave it out")
         if self._train is None:
             raise ConfigError("train: got no train_dataset; give one to the constructor")
         run = self._beginning(resume_from_checkpoint or self.args.resume_from_checkpoint)
         pairs = pairs_source(self._train, self._inputs / "train")
         config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
-        self._result = result = train(_changed(config, run=run))
+        hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
+        self._result = result = train(_changed(config, run=run), hooks=hooks)
         records = [json.loads(line) for line in Path(result.folder, "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if "loss" in record]
         self.state = TrainerState(
@@ -145,6 +154,7 @@ class CPOTrainer:
             max_steps=result.steps,
             log_history=records,
             best_model_checkpoint=result.best_checkpoint,
+            **_best(records, self._config.run.best_metric),
         )
         self._take_weights()
         mean_loss = sum(losses) / len(losses)
@@ -153,23 +163,71 @@ class CPOTrainer:
     def evaluate(
         self,
         eval_dataset: Pairs | Mapping[str, Pairs] | None = None,
-        ignore_keys: list[str] | None = None,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002  # TRL's signature
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Metrics of the model, trained or as it was given, on held-out pairs; also added to state.log_history."""
-        if ignore_keys is not None:
-            raise ConfigError("evaluate: ignore_keys has no meaning here; leave it out")
+        """Metrics of the model, trained or as it was given, on held-out pairs; also added to state.log_history.
+
+        `ignore_keys` has no effect: no output of the model is gathered but the rewards.
+        """
         if (pairs := eval_dataset if eval_dataset is not None else self._eval) is None:
             raise ConfigError("evaluate: got no eval_dataset, here or in the constructor; give one")
-        model = {"path": self._checkpoint} if self._result is not None else {}
-        found = evaluate(
-            _changed(self._config, data={"eval": self._eval_sources(pairs)}, model=model)
-        ).metrics
-        metrics = {
-            f"{metric_key_prefix}_{name.removeprefix('eval_')}": value for name, value in found.items()
-        }
-        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        metrics = _prefixed(self._measured(pairs, self._hooks).metrics, metric_key_prefix)
+        self._logged(metrics)
+        self._notify("on_evaluate", metrics=metrics)
         return metrics
+
+    def predict(
+        self,
+        test_dataset: Pairs,
+        ignore_keys: list[str] | None = None,  # noqa: ARG002  # TRL's signature
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Rewards of every pair, (N, 2), the labels that `compute_metrics` gets, and the metrics of `evaluate`."""
+        if isinstance(test_dataset, Mapping):
+            raise ConfigError("predict: got several sets; call it for one after the other")
+        found = self._measured(test_dataset, replace(self._hooks, keep_predictions=True))
+        metrics = _prefixed(found.metrics, metric_key_prefix)
+        self._notify("on_predict", metrics=metrics)
+        kept = found.predictions["eval"]
+        return PredictionOutput(kept.predictions, kept.label_ids, metrics)
+
+    def _measured(self, pairs: Pairs | Mapping[str, Pairs], hooks: Hooks) -> EvalResult:
+        model = {"path": self._checkpoint} if self._result is not None else {}
+        changed = _changed(self._config, data={"eval": self._eval_sources(pairs)}, model=model)
+        return evaluate(changed, hooks=hooks)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Call this one too."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    def pop_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> TrainerCallback | None:
+        """Call this one no more, or the first of this class; returns it, or None when there is none."""
+        for each in self.callbacks:
+            if each == callback or (isinstance(callback, type) and isinstance(each, callback)):
+                self.callbacks.remove(each)
+                return each
+        return None
+
+    def remove_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """As `pop_callback`."""
+        self.pop_callback(callback)
+
+    def _notify(self, event: str, **values: Any) -> None:
+        """Call an event that happens here, not on the workers."""
+        for callback in self.callbacks:
+            getattr(callback, event)(
+                self.args,
+                self.state,
+                TrainerControl(),
+                model=self.model,
+                processing_class=self.processing_class,
+                **values,
+            )
+
+    def _logged(self, record: Mapping[str, float]) -> None:
+        self.state.log_history.append({**record, "step": self.state.global_step})
+        self._notify("on_log", logs=dict(record))
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the model, trained or as it was given, and its tokenizer as a Hugging Face folder."""
@@ -245,10 +303,21 @@ class CPOTrainer:
     def _take_weights(self) -> None:
         """Put the trained weights into `model`, or load it where a path was given."""
         folder = self._exported()
-        if isinstance(self.model, PreTrainedModel) and self._config.model.lora is None:
-            self.model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
+        kind = model_class(load_architecture(self._config.model))
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_peft_weights(folder))
+        elif Path(folder, "adapter_config.json").exists():
+            base = self.model
+            if not isinstance(base, PreTrainedModel):
+                base = kind.from_pretrained(
+                    self._config.model.path, trust_remote_code=self._config.model.trust_remote_code
+                )
+            self.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        elif isinstance(self.model, PreTrainedModel):
+            for file in Path(folder).glob("*.safetensors"):
+                self.model.load_state_dict(load_file(file), strict=False)
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(folder)
+            self.model = kind.from_pretrained(folder, trust_remote_code=self._config.model.trust_remote_code)
 
     # --- Arithmetic, on tensors of the caller's ---
 
@@ -258,10 +327,7 @@ class CPOTrainer:
         """Losses, chosen rewards and rejected rewards, each (B,), of the log-probabilities that the loss reads."""
         ones, zeros = torch.ones_like(policy_chosen_logps), torch.zeros_like(policy_chosen_logps)
         logps = PairLogps(policy_chosen_logps, policy_rejected_logps, ones, ones, zeros, zeros)
-        loss = self._config.loss
-        alpha = getattr(loss, "alpha", 0.0)
-        rewards = [loss.beta * alpha_reward(each.detach(), alpha) for each in (logps.chosen, logps.rejected)]
-        return pair_losses(loss, logps), rewards[0], rewards[1]
+        return pair_losses(self._config.loss, logps), *pair_rewards(self._config.loss, logps)
 
     @staticmethod
     def get_batch_logps(
@@ -338,12 +404,6 @@ class SimPOTrainer(CPOTrainer):
     simpo_loss = CPOTrainer.cpo_loss
 
 
-def _number_of(scaling: ray.train.ScalingConfig) -> int:
-    if not isinstance(scaling.num_workers, int):
-        raise ConfigError(f"scaling_config: num_workers must be one number; got {scaling.num_workers}")
-    return scaling.num_workers
-
-
 def _changed(config: TrainConfig, **sections: Mapping[str, Any]) -> TrainConfig:
     """The config with some values of some sections replaced."""
     parts = {
@@ -352,12 +412,45 @@ def _changed(config: TrainConfig, **sections: Mapping[str, Any]) -> TrainConfig:
     return config.model_copy(update=parts)
 
 
-def _refuse(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name}: {REFUSED[name]}")
+def _included(args: CPOConfig | SimPOConfig) -> tuple[str, ...]:
+    """What compute_metrics gets besides predictions and labels."""
+    named = [*args.include_for_metrics, *(["inputs"] if args.include_inputs_for_metrics else [])]
+    unknown = sorted(set(named) - {"inputs", "loss"})
+    if unknown:
+        raise ConfigError(f"include_for_metrics: {', '.join(unknown)} is not known; inputs and loss are")
+    return tuple(named)
 
 
-def _workers_of_this_machine() -> ray.train.ScalingConfig:
-    gpus = torch.cuda.device_count()
-    return ray.train.ScalingConfig(num_workers=max(gpus, 1), use_gpu=gpus > 0)
+def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) -> OwnOptimizer | None:
+    """What a trainer is given as `optimizers`; raises ConfigError when it cannot be moved to the workers."""
+    optimizer, schedule = optimizers
+    if optimizer is None:
+        if schedule is not None:
+            raise ConfigError(
+                "optimizers: got a scheduler without its optimizer; give both, or name it in args.lr_scheduler_type"
+            )
+        return None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "optimizers: an optimizer needs the model that it was made over; give that as model, not its path"
+        )
+    if peft_config is not None:
+        raise ConfigError(
+            "optimizers: with peft_config the weights that are trained are not made yet; give a PeftModel as model, "
+            "and an optimizer over its parameters"
+        )
+    return OwnOptimizer.of(optimizer, schedule, model)
+
+
+def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+
+
+def _best(records: Sequence[Mapping[str, float]], metric: str | None) -> dict[str, Any]:
+    """Value and step of the best evaluation, as TrainerState names them."""
+    found = [(record[metric], record["step"]) for record in records if metric in record] if metric else []
+    if not metric or not found:
+        return {}
+    sign = -1 if metric.endswith("loss") else 1
+    value, step = max(found, key=lambda each: (sign * each[0], -each[1]))
+    return {"best_metric": value, "best_global_step": int(step)}

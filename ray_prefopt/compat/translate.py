@@ -368,6 +368,7 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "name": args.run_name or "run",
         "storage_path": args.output_dir,
         "micro_batch": _micro_batch(args),
+        "auto_find_batch_size": args.auto_find_batch_size,
         "eval_micro_batch": args.per_gpu_eval_batch_size or args.per_device_eval_batch_size,
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
         "max_steps": args.max_steps if args.max_steps > 0 else None,

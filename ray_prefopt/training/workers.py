@@ -14,10 +14,10 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from ray_prefopt.config import TrainConfig
+from ray_prefopt.config import RunConfig, TrainConfig
 from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
 from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worker
 
@@ -106,11 +106,13 @@ def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=run.use_gpu,
-            resources_per_worker={"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})},
+            resources_per_worker=_resources(run),
+            accelerator_type=run.accelerator_type,
+            placement_strategy=run.placement_strategy,
         ),
         # A name of its own for each attempt: Ray's snapshot of an earlier one, which a full disk can tear, is never
         # read. What resumes a run are our checkpoints.
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
             storage_path=f"{job.folder}/ray",
             failure_config=FailureConfig(max_failures=run.max_failures),
@@ -148,7 +150,13 @@ def _environment(config: TrainConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(config.run.cpus_per_worker),
         **({} if config.run.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+        **config.run.env_vars,
     }
+
+
+def _resources(run: RunConfig) -> dict[str, float]:
+    """Of one worker."""
+    return {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {}), **run.resources_per_worker}
 
 
 def _first_failure(error: TrainingFailedError) -> str:
@@ -165,11 +173,8 @@ def _first_failure(error: TrainingFailedError) -> str:
 def _wait_for_room(config: TrainConfig) -> None:
     """Wait until the cluster has room for all workers; raises ResourceError after run.resource_timeout_s."""
     run = config.run
-    asked = {
-        "CPU": run.num_workers * run.cpus_per_worker,
-        **({"GPU": run.num_workers} if run.use_gpu else {}),
-    }
-    wanted = ", ".join(f"{number} {name}" for name, number in asked.items())
+    asked = {name: run.num_workers * number for name, number in _resources(run).items()}
+    wanted = ", ".join(f"{number:g} {name}" for name, number in asked.items())
     begun, is_told = time.monotonic(), False
     while True:
         available, total = ray.available_resources(), ray.cluster_resources()

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_prefopt import CPOConfig, CPOTrainer, PrefoptError, SimPOConfig, SimPOTrainer
 from ray_prefopt.compat.inputs import pairs_source
-from ray_prefopt.compat.trainer import REFUSED
 from ray_prefopt.errors import ConfigError, DataError
 from tests.tiny import chat_row, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -177,14 +176,6 @@ def small(tmp_path: Path, **arguments: Any) -> CPOTrainer:
     return CPOTrainer(args=CPOConfig(output_dir=str(tmp_path / "out"), **SMALL), **given)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_arguments_that_workers_have_no_place_for(name: str, tmp_path: Path) -> None:
-    value: Any = (torch.optim.SGD, None) if name == "optimizers" else [len] if name == "callbacks" else len
-    with pytest.raises(ConfigError) as caught:
-        small(tmp_path, **{name: value})
-    assert str(caught.value) == f"{name}: {REFUSED[name]}"
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -200,8 +191,16 @@ def test_arguments_that_workers_have_no_place_for(name: str, tmp_path: Path) -> 
             "scaling_config: num_workers must be one number",
         ),
         (
-            {"model": peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear"))},
-            "model: got a PeftModel; give its base model as model and its LoraConfig as peft_config",
+            {"optimizers": (None, object())},
+            "optimizers: got a scheduler without its optimizer; give both, or name it in args.lr_scheduler_type",
+        ),
+        (
+            {"model": "folder", "optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
+            "optimizers: an optimizer needs the model that it was made over; give that as model, not its path",
+        ),
+        (
+            {"peft_config": {"r": 2}, "optimizers": (torch.optim.SGD([torch.zeros(1)]), None)},
+            "optimizers: with peft_config the weights that are trained are not made yet; give a PeftModel as model",
         ),
     ],
 )
@@ -214,15 +213,9 @@ def test_calls_that_make_no_sense(tmp_path: Path) -> None:
     trainer = small(tmp_path)
     for call, text in (
         (trainer.train, "train: got no train_dataset; give one to the constructor"),
-        (
-            lambda: trainer.train(trial=1),
-            "train: trial and ignore_keys_for_eval have no meaning here; leave them out",
-        ),
+        (lambda: trainer.train(trial=1), "train: trial has no meaning here; leave it out"),
+        (lambda: trainer.predict({"a": "x.jsonl"}), "predict: got several sets; call it for one after the other"),  # type: ignore[arg-type]
         (trainer.evaluate, "evaluate: got no eval_dataset, here or in the constructor; give one"),
-        (
-            lambda: trainer.evaluate(ignore_keys=["x"]),
-            "evaluate: ignore_keys has no meaning here; leave it out",
-        ),
         (
             lambda: trainer.tokenize_row({"prompt": "a", "chosen": "", "rejected": "b"}),
             "the row is no pair: empty_com",
