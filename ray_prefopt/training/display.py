@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from ray_prefopt.training.checkpoint import LoopState
+from ray_prefopt.training.log import Event
 
 POLL_S = 0.5
 
@@ -18,8 +20,10 @@ POLL_S = 0.5
 class Display:
     """Follows a RunLog from a thread while the driver waits for the run; everything goes to stderr."""
 
-    def __init__(self, log: Any, total_steps: int) -> None:
+    def __init__(self, log: Any, total_steps: int, observer: Callable[[Event], None] | None = None) -> None:
+        """`observer` is called with every event, in its order, from that thread."""
         self._log = log
+        self._observer = observer
         self._total = total_steps
         self._seen = 0
         self._starts = 0
@@ -65,6 +69,8 @@ class Display:
         self._seen += len(events)
         for kind, value in events:
             getattr(self, f"_on_{kind}")(value)
+            if self._observer is not None:
+                self._observer((kind, value))
 
     def _on_started(self, state: LoopState) -> None:
         self._starts += 1

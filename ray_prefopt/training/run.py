@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ from ray_prefopt.training.checkpoint import (
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks, check_portable
-from ray_prefopt.training.log import closing_log, start_log
+from ray_prefopt.training.log import Event, closing_log, start_log
 from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
 from ray_prefopt.training.predictions import Evaluation
 from ray_prefopt.training.trackers import check_trackers
@@ -83,13 +83,15 @@ class EvalResult:
     """Of each set, when hooks.keep_predictions asks for them."""
 
 
-def train(config: TrainConfig, *, hooks: Hooks = NO_HOOKS) -> TrainResult:
+def train(
+    config: TrainConfig, *, hooks: Hooks = NO_HOOKS, observer: Callable[[Event], None] | None = None
+) -> TrainResult:
     """Fine-tune a model on preference pairs: from pairs to a Hugging Face folder.
 
     The same config again resumes a run that did not finish, and returns the result of one that did. `hooks` is Python
-    that runs on the workers; what its callbacks gather there is theirs again afterwards. Raises
-    PrefoptError: ConfigError, DataError, ModelError, ResourceError and CheckpointError before any worker starts,
-    NonFiniteError and TrainingError later.
+    that runs on the workers; what its callbacks gather there is theirs again afterwards. `observer` hears every event of
+    the run's log on the driver. Raises PrefoptError: ConfigError, DataError, ModelError, ResourceError and
+    CheckpointError before any worker starts, NonFiniteError and TrainingError later.
     """
     config = resolved(config)
     _check(config, hooks)
@@ -108,7 +110,7 @@ def train(config: TrainConfig, *, hooks: Hooks = NO_HOOKS) -> TrainResult:
     log = start_log(config, folder)
     state = _state_on_disk(job)
     if state.step < total_steps and not state.stopped:
-        with Display(log, total_steps), closing_log(log):
+        with Display(log, total_steps, observer), closing_log(log):
             run_training(job, log)
         _give_back(hooks, log)
     return _finish(job, ray.get(log.records.remote()))
