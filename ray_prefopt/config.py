@@ -355,7 +355,8 @@ class EngineConfig(Config):
         return self
 
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})*")
+"""A folder in the storage, or one in a folder of several runs: the trials of a search are named `search/trial-003`."""
 
 
 class RunConfig(Config):

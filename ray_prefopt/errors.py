@@ -37,6 +37,10 @@ class ResourceError(PrefoptError):
     exit_code = 4
 
 
+class OutOfMemoryError(ResourceError):
+    """A micro-batch does not fit into the memory of a worker."""
+
+
 class CheckpointError(PrefoptError):
     """A checkpoint is torn, incomplete, belongs to another run, or cannot be written."""
 

@@ -101,6 +101,11 @@ class RunLog:
         """The run cannot go on, however often it is tried."""
         self._fatal = self._fatal or error
 
+    def try_again(self, why: str) -> None:
+        """What it failed for has been seen to."""
+        self._fatal = None
+        self.warn(why)
+
     def fatal(self) -> PrefoptError | None:
         return self._fatal
 

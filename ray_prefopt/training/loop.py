@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from fsspec.core import url_to_fs
 from transformers import TrainerState
 
@@ -25,8 +26,9 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
-from ray_prefopt.errors import CheckpointError, ConfigError, suggest
+from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.load import decoder_start_id
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
@@ -93,7 +95,15 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     blocks = open_blocks(job.train_blocks)
     plan = make_plan(config, blocks)
     engine = _engine_at(job, plan.total_steps, device, checkpoint)
-    return _Training(job, reports, engine, plan, blocks, checkpoint).run()
+    training = _Training(job, reports, engine, plan, blocks, checkpoint)
+    try:
+        return training.run()
+    except RuntimeError as error:
+        if config.run.auto_find_batch_size and should_reduce_batch_size(error):
+            raise OutOfMemoryError(
+                f"out of memory with run.micro_batch {config.run.micro_batch}: {first_line(error)}"
+            ) from error
+        raise
 
 
 class _Training:

@@ -4,8 +4,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import check_optim
-from ray_prefopt.errors import ConfigError
+from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.callbacks import Returned
@@ -50,6 +50,7 @@ MAY_CHANGE = {
     "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
     "eval_on_start", "eval_delay", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
     "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path", "report_to",
+    "auto_find_batch_size",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
@@ -89,14 +90,15 @@ def train(
     """Fine-tune a model on preference pairs: from pairs to a Hugging Face folder.
 
     The same config again resumes a run that did not finish, and returns the result of one that did. `hooks` is Python
-    that runs on the workers; what its callbacks gather there is theirs again afterwards. `observer` hears every event of
-    the run's log on the driver. Raises PrefoptError: ConfigError, DataError, ModelError, ResourceError and
+    that runs on the workers; what its callbacks gather there is theirs again afterwards. `observer` hears every event
+    of the run's log on the driver. Raises PrefoptError: ConfigError, DataError, ModelError, ResourceError and
     CheckpointError before any worker starts, NonFiniteError and TrainingError later.
     """
     config = resolved(config)
     _check(config, hooks)
     folder = _folder(config)
     if not config.run.force_new:
+        config = _with_found_micro_batch(config, folder)
         _refuse_other_config(config, folder)
         if (finished := _finished(folder, export=config.run.export)) is not None:
             logger.warning("run %s is finished: here is its result; run.force_new trains anew", finished.name)
@@ -111,9 +113,47 @@ def train(
     state = _state_on_disk(job)
     if state.step < total_steps and not state.stopped:
         with Display(log, total_steps, observer), closing_log(log):
-            run_training(job, log)
+            job = _train_within_memory(job, log)
         _give_back(hooks, log)
     return _finish(job, ray.get(log.records.remote()))
+
+
+def _train_within_memory(job: Job, log: Any) -> Job:
+    """Run the workers to the end, with ever smaller micro-batches where run.auto_find_batch_size asks for it."""
+    while True:
+        try:
+            run_training(job, log)
+            return job
+        except OutOfMemoryError as error:
+            config = _with_half_the_micro_batch(job.config)
+            ray.get(log.try_again.remote(f"{error}; going on with {config.run.micro_batch}"))
+            _write_config(config, job.folder)
+            job = replace(job, config=config)
+
+
+def _with_half_the_micro_batch(config: TrainConfig) -> TrainConfig:
+    run = config.run
+    if run.micro_batch == 1:
+        raise OutOfMemoryError(
+            "out of memory with run.micro_batch 1 too: set model.gradient_checkpointing, engine.zero_stage 3 or a "
+            "smaller data.max_length, or give the workers more memory"
+        )
+    half = {"micro_batch": run.micro_batch // 2}
+    if run.eval_micro_batch is not None:
+        half["eval_micro_batch"] = max(run.eval_micro_batch // 2, 1)
+    return config.model_copy(update={"run": run.model_copy(update=half)})
+
+
+def _with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:
+    """The config with the micro-batches that the run has come down to already."""
+    if not (config.run.auto_find_batch_size and has_checkpoints(f"{folder}/checkpoints")):
+        return config
+    fs, path = url_to_fs(folder)
+    found = json.loads(fs.cat_file(f"{path}/config.json"))["run"]
+    if not found.get("auto_find_batch_size") or found["micro_batch"] >= config.run.micro_batch:
+        return config
+    sizes = {name: found[name] for name in ("micro_batch", "eval_micro_batch")}
+    return config.model_copy(update={"run": config.run.model_copy(update=sizes)})
 
 
 def _give_back(hooks: Hooks, log: Any) -> None:
@@ -282,7 +322,9 @@ def _refuse_other_config(config: TrainConfig, folder: str) -> None:
     if not has_checkpoints(f"{folder}/checkpoints"):
         return
     fs, path = url_to_fs(folder)
-    differing = _differences(json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json"))
+    may_change = MAY_CHANGE | ({"micro_batch"} if config.run.auto_find_batch_size else set())
+    old, new = json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
+    differing = _differences(old, new, may_change)
     if differing:
         raise ConfigError(
             f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
@@ -290,14 +332,16 @@ def _refuse_other_config(config: TrainConfig, folder: str) -> None:
         )
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _differences(old: Any, new: Any, may_change: Set[str], prefix: str = "") -> list[str]:
     """Dotted fields that differ, of those that must not, as `field: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [
-            name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in MAY_CHANGE)
+            name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in may_change)
         ]
         return [
-            line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}{name}.")
+            line
+            for name in names
+            for line in _differences(old.get(name), new.get(name), may_change, f"{prefix}{name}.")
         ]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
@@ -342,6 +386,11 @@ def _claim(config: TrainConfig, folder: str) -> None:
     if config.run.force_new and fs.exists(path):
         fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
     fs.makedirs(path, exist_ok=True)
+    _write_config(config, folder)
+
+
+def _write_config(config: TrainConfig, folder: str) -> None:
+    fs, path = url_to_fs(folder)
     write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
 
 

@@ -97,7 +97,6 @@ SET: dict[str, Any] = {
     "use_liger_kernel": True,
     "liger_kernel_config": {"rope": True},
     "neftune_noise_alpha": 5.0,
-    "auto_find_batch_size": True,
     "optim_target_modules": "attn",
     "label_smoothing_factor": 0.1,
     "full_determinism": True,

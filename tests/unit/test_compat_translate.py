@@ -60,6 +60,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "per_device_eval_batch_size": [(CPO, {"per_device_eval_batch_size": 3}, "run.eval_micro_batch", 3)],
     "per_gpu_eval_batch_size": [(CPO, {"per_gpu_eval_batch_size": 5}, "run.eval_micro_batch", 5)],
+    "auto_find_batch_size": [(CPO, {"auto_find_batch_size": True}, "run.auto_find_batch_size", True)],
     "gradient_accumulation_steps": [(CPO, {"gradient_accumulation_steps": 4}, "run.global_batch", 64)],
     "num_train_epochs": [
         (CPO, {"num_train_epochs": 1}, "run.epochs", 1),
@@ -479,7 +480,7 @@ def misspelled(name: str, value: Any) -> CPOConfig:
             "SimPOConfig.label_smoothing cannot be honoured; got 0.1: loss_type hinge takes none; leave it out",
         ),
         (CPOConfig(beta=0.0, loss_type="simpo"), "loss.beta must be > 0; got 0.0"),
-        (CPOConfig(run_name="a/b"), "run.name must be a folder name of letters, digits, '.', '_' and '-'"),
+        (CPOConfig(run_name="../b"), "run.name must be a folder name of letters, digits, '.', '_' and '-'"),
         (CPOConfig(neftune_noise_alpha=5), "CPOConfig.neftune_noise_alpha cannot be honoured; got 5"),
     ],
 )
