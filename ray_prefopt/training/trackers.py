@@ -76,7 +76,11 @@ class Trackers:
         self._call("on_log", logs={name: value for name, value in record.items() if name != "step"})
 
     def end(self) -> None:
+        """Have everything written: this process may be killed now."""
         self._call("on_train_end")
+        for module, finish in (("wandb", "teardown"), ("mlflow", "flush_async_logging")):
+            if self._callbacks and module in sys.modules:
+                getattr(sys.modules[module], finish)()
 
     def _call(self, event: str, **values: Any) -> None:
         for callback in list(self._callbacks):
