@@ -147,13 +147,14 @@ def load_model(
     seed: int,
     device: torch.device = CPU,
     dequantize: bool = False,
+    blank: bool = False,
 ) -> nn.Module:
     """The model with weights in `dtype`, adapters attached, ready to be given to an engine.
 
     Under `engine.zero.sharded_construction` each rank gets its shards alone. `seed` is that of random weights and
     adapters, so that all ranks and all engines start from the same. Quantized weights, which cannot be moved later, are
-    made on `device`; `dequantize` gives them back the precision of `dtype`, as rounded as they are. Raises ModelError
-    when the model cannot be built whole.
+    made on `device`; `dequantize` gives them back the precision of `dtype`, as rounded as they are. `blank` reads no
+    weights, since others are about to take their place. Raises ModelError when the model cannot be built whole.
     """
     architecture = load_architecture(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
@@ -161,8 +162,8 @@ def load_model(
         precision = compute_dtype(config, architecture)
         options |= loading_options(config, compute_dtype=precision, device=device)
     torch.manual_seed(seed)
-    if config.from_config is not None:
-        model = _random(architecture, options)
+    if config.from_config is not None or blank:
+        model = _random(config, architecture, options)
     else:
         model = _pretrained(config, architecture, options)
     if is_quantized(config, architecture):
@@ -180,9 +181,10 @@ def load_model(
     return model.train()
 
 
-def _random(architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
+def _random(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> Any:
     try:
-        return model_class(architecture).from_config(architecture, **options)
+        kind = model_class(architecture)
+        return kind.from_config(architecture, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
         raise ModelError(f"model.from_config ({architecture.model_type}): {first_line(error)}") from error
 

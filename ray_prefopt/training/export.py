@@ -63,10 +63,7 @@ def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
 def _with_weights(config: ModelConfig, weights: dict[str, Tensor], *, seed: int) -> nn.Module:
     """The model with these weights; under LoRA they are the adapter's, on top of the base model's."""
     dtype = compute_dtype(config, load_architecture(config))
-    if config.lora is None:  # the architecture is enough: every weight is about to be replaced
-        architecture = load_architecture(config)
-        config = config.model_copy(update={"from_config": architecture.to_dict(), "path": None})
-    model = load_model(config, dtype=dtype, seed=seed)
+    model = load_model(config, dtype=dtype, seed=seed, blank=not config.has_adapter)
     try:
         _, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,39 @@ def test_tied_weights_and_experts_come_back(base: str, tmp_path: Path, kind: str
     )
     export(str(tmp_path / "run"), str(tmp_path / "out"))
     assert_same_weights(loaded(tmp_path / "out"), model)
+
+
+def test_settings_that_transformers_does_not_know_are_no_hindrance(base: str, tmp_path: Path) -> None:
+    """Saved configs hold such, some with names like those of others; here beside `hidden_size`."""
+    shutil.copytree(base, tmp_path / "model")
+    settings = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(settings | {"hidden_sizes": 1}))
+    model = trained(tmp_path / "run", config_of(str(tmp_path / "model")))
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert_same_weights(loaded(tmp_path / "out"), model)
+
+
+def test_a_model_with_its_own_code_is_exported(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "mine.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n\n\n"
+        "class Mine(Qwen2Config):\n    model_type = 'mine'\n\n\n"
+        "class MineForCausalLM(Qwen2ForCausalLM):\n    config_class = Mine\n"
+    )
+    settings = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    model = trained(tmp_path / "run", config_of(str(folder), trust_remote_code=True))
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert_same_weights(exported, model)
 
 
 def test_the_template_of_the_run_goes_with_the_model(base: str, tmp_path: Path) -> None:
