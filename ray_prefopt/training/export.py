@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face folder: safetensors and tokenizer, or an adapter, or the adapter merged in."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,14 +16,16 @@ from ray_prefopt.errors import CheckpointError, ConfigError
 from ray_prefopt.model.adapters import merged
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.training.checkpoint import find_checkpoint, local_copy
+from ray_prefopt.training.card import model_card
+from ray_prefopt.training.checkpoint import Checkpoint, find_checkpoint, local_copy
 
 
 def export(source: str, out: str, *, merge: bool = False) -> str:
     """Write the model in a checkpoint, or in the newest checkpoint of a run, as a Hugging Face folder; returns `out`.
 
-    With LoRA that is the adapter, or with `merge` the whole model. Raises CheckpointError for a source that holds no
-    whole checkpoint, ConfigError for `merge` without LoRA or an `out` that holds something else.
+    With an adapter that is the adapter, or with `merge` the whole model, no longer quantized; README.md is its model
+    card. Raises CheckpointError for a source that holds no whole checkpoint, ConfigError for `merge` without an adapter
+    or an `out` that holds something else.
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
@@ -33,9 +36,10 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
         raise ConfigError(f"{out} is not empty and holds no model: export into another folder")
     with local_copy(checkpoint) as folder:
         config = TrainConfig.model_validate_json((folder / "config.json").read_text())
-        if merge and config.model.lora is None:
+        if merge and not config.model.has_adapter:
             raise ConfigError(f"{source} has no adapter to merge: it was trained without model.lora")
-        model = _with_weights(config.model, checkpoint_weights(config, folder), seed=config.run.seed)
+        weights = checkpoint_weights(config, folder)
+        model = _with_weights(config.model, weights, seed=config.run.seed, dequantize=merge)
     if merge:
         model = merged(model)
     # Beside its place and then into it, so that nobody loads half a model.
@@ -45,12 +49,35 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
         staged = Path(temporary, "model")
         save_model(model, staged)
         load_tokenizer(config.model, config.data.chat_template).save_pretrained(staged)
+        card = model_card(
+            config,
+            steps=checkpoint.state.step,
+            metrics=metrics_at(checkpoint),
+            is_adapter=config.model.has_adapter and not merge,
+        )
+        card.save(staged / "README.md")  # in the place of peft's
         if isinstance(fs, LocalFileSystem):
             shutil.rmtree(target, ignore_errors=True)
             staged.rename(target)
         else:
             fs.put(str(staged), target, recursive=True)
     return out
+
+
+def metrics_at(checkpoint: Checkpoint) -> dict[str, float]:
+    """The last value of every metric that its run logged up to this checkpoint; none where it lies by itself."""
+    fs, folder = url_to_fs(checkpoint.path)
+    log = f"{folder.rsplit('/', 2)[0]}/metrics.jsonl"
+    if not fs.exists(log):
+        return {}
+    # The last line may be half written.
+    records = [json.loads(line) for line in fs.cat_file(log).split(b"\n")[:-1]]
+    return {
+        name: value
+        for record in records
+        if record["step"] <= checkpoint.state.step
+        for name, value in record.items()
+    }
 
 
 def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
@@ -60,10 +87,12 @@ def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
     return full_weights(folder)
 
 
-def _with_weights(config: ModelConfig, weights: dict[str, Tensor], *, seed: int) -> nn.Module:
-    """The model with these weights; under LoRA they are the adapter's, on top of the base model's."""
+def _with_weights(
+    config: ModelConfig, weights: dict[str, Tensor], *, seed: int, dequantize: bool
+) -> nn.Module:
+    """The model with these weights; with an adapter they are its own, on top of the base model's."""
     dtype = compute_dtype(config, load_architecture(config))
-    model = load_model(config, dtype=dtype, seed=seed, blank=not config.has_adapter)
+    model = load_model(config, dtype=dtype, seed=seed, blank=not config.has_adapter, dequantize=dequantize)
     try:
         _, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
