@@ -408,6 +408,10 @@ class RunConfig(Config):
     """Optimizer steps before the first evaluation; epochs when eval_steps is `epoch`."""
     eval_on_start: bool = False
     """Evaluate before the first step as well."""
+    eval_samples: int = Field(0, ge=0)
+    """Completions that are sampled in each evaluation, for as many prompts of each set; written to samples.jsonl."""
+    eval_sample_tokens: int = Field(256, ge=1)
+    """Most tokens of a sampled completion."""
     save_steps: Interval | None = None
     """Optimizer steps between checkpoints, a share of all steps, or `epoch`; when not given, one at the end."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -91,6 +91,9 @@ HONOURED = {
     "eval_steps": "`run.eval_steps`; below 1, a share of all steps",
     "eval_on_start": "`run.eval_on_start`",
     "include_for_metrics": "`compute_metrics` also gets `inputs` (ids of prompt and chosen completion) and `losses`",
+    "generate_during_eval": "`run.eval_samples` = evaluation batch size: completions without their prompt, in "
+    "samples.jsonl, and as a table in W&B",
+    "include_inputs_for_metrics": "as `include_for_metrics` with `inputs`",
     "prediction_loss_only": "`compute_metrics` is not called",
     "restore_callback_states_from_checkpoint": "callbacks that keep a state always go on with it",
     "eval_delay": "`run.eval_delay`",
@@ -138,8 +141,8 @@ IGNORED = {
     **dict.fromkeys(("log_level", "log_level_replica", "log_on_each_node"),
                     "a run has one log, that of worker 0; Python's `logging` sets the level of messages"),
     "disable_tqdm": "progress is shown on terminals alone",
-    "eval_accumulation_steps": "evaluations gather metrics, never predictions",
-    "eval_use_gather_object": "evaluations gather metrics, never predictions",
+    "eval_accumulation_steps": "predictions are two numbers for each pair",
+    "eval_use_gather_object": "predictions are two numbers for each pair",
     "save_on_each_node": "checkpoints lie on storage that all nodes see",
     "torch_empty_cache_steps": "it changes no result; against fragmentation there is PYTORCH_CUDA_ALLOC_CONF",
     **dict.fromkeys(("hub_strategy", "hub_always_push"), _HUB),
@@ -153,7 +156,7 @@ _APPLE = "workers run on CPUs and NVIDIA GPUs: leave it out"
 _TPU = "workers run on CPUs and NVIDIA GPUs: leave it out"
 _ACCELERATE = "leave it out: Ray Train deals the data out to the workers, not accelerate"
 _COMPILE = "leave it out: models are not compiled"
-_PREDICTIONS = "leave it out: evaluations gather metrics, never predictions"
+_PREDICTIONS = "leave it out: compute_metrics gets each evaluation set as a whole"
 _LIGER = "leave it out: log-probabilities are computed in chunks already"
 
 REFUSED = {
@@ -185,8 +188,6 @@ REFUSED = {
     "debug": "leave it out: a value that is not finite stops the run with step, rank and pairs",
     "eval_do_concat_batches": _PREDICTIONS,
     "batch_eval_metrics": _PREDICTIONS,
-    "include_inputs_for_metrics": _PREDICTIONS,
-    "generate_during_eval": "generate with the exported model",
     "past_index": "leave it out: models with a state of their own cannot be trained",
     "is_encoder_decoder": "use a decoder: encoder-decoders cannot be trained",
     "max_target_length": "use max_completion_length, or a decoder: encoder-decoders cannot be trained",

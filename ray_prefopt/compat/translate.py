@@ -382,6 +382,9 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "save_steps": eval_steps if save_strategy == "best" else _interval(save_strategy, args.save_steps),
         "keep_checkpoints": 1 if save_strategy == "best" else args.save_total_limit or ALL_CHECKPOINTS,
         "best_metric": _best_metric(args) if evaluates else None,
+        "eval_samples": (args.per_gpu_eval_batch_size or args.per_device_eval_batch_size)
+        if args.generate_during_eval
+        else 0,
         "report_to": [name for name in named if name not in (None, "none", "tensorboard")],
     }
 

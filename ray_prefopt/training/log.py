@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import fsspec
 import ray
 import ray.exceptions
 from fsspec.core import url_to_fs
@@ -25,6 +26,32 @@ Event = tuple[str, Any]
 """Kind (`started`, `metrics`, `saved`, `warning`) and what belongs to it."""
 
 
+class Lines:
+    """A file of JSON lines that is held in memory too."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        self._fs, self._path = fs, path
+        self.rows: list[dict[str, Any]] = []
+        if fs.exists(path):
+            # What follows the last line break is half a line, of a process that was killed while it wrote.
+            *lines, _ = fs.cat_file(path).split(b"\n")
+            self.rows = [json.loads(line) for line in lines]
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; to the file as well where it can be appended to."""
+        self.rows.append(row)
+        if isinstance(self._fs, LocalFileSystem):
+            with open(self._path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        write_text(self._fs, self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    @property
+    def is_used(self) -> bool:
+        return bool(self.rows) or self._fs.exists(self._path)
+
+
 @ray.remote(num_cpus=0)
 class RunLog:
     """Writes metrics.jsonl and TensorBoard events, and keeps the events of this attempt for the driver's display."""
@@ -32,12 +59,8 @@ class RunLog:
     def __init__(self, folder: str, config: TrainConfig | None = None) -> None:
         """With a config, its trackers are told too."""
         self._fs, self._folder = url_to_fs(folder)
-        self._path = f"{self._folder}/metrics.jsonl"
-        self._records: list[dict[str, Any]] = []
-        if self._fs.exists(self._path):
-            # What follows the last line break is half a line, of a process that was killed while it wrote.
-            *lines, _ = self._fs.cat_file(self._path).split(b"\n")
-            self._records = [json.loads(line) for line in lines]
+        self._metrics = Lines(self._fs, f"{self._folder}/metrics.jsonl")
+        self._samples = Lines(self._fs, f"{self._folder}/samples.jsonl")
         self._events: list[Event] = []
         self._board: SummaryWriter | None = None
         self._fatal: PrefoptError | None = None
@@ -47,7 +70,8 @@ class RunLog:
 
     def started(self, state: LoopState) -> None:
         """Workers begin after `state.step`: what was logged beyond it will be logged again."""
-        self._records = [record for record in self._records if record["step"] <= state.step]
+        for lines in (self._metrics, self._samples):
+            lines.rows = [row for row in lines.rows if row["step"] <= state.step]
         self.flush()
         if self._board is not None:
             self._board.close()
@@ -62,10 +86,7 @@ class RunLog:
         self._events.append(("started", state))
 
     def log(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        if isinstance(self._fs, LocalFileSystem):
-            with open(self._path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        self._metrics.append(record)
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
@@ -78,6 +99,12 @@ class RunLog:
     def saved(self, path: str, step: int) -> None:
         self.flush()
         self._events.append(("saved", (path, step)))
+
+    def sampled(self, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            self._samples.append(sample)
+        if self._trackers:
+            self._trackers.samples(samples)
 
     def evaluated(self, found: Evaluation) -> None:
         """What `loop.evaluate_worker` returned."""
@@ -113,7 +140,7 @@ class RunLog:
         return self._events[since:]
 
     def records(self) -> list[dict[str, Any]]:
-        return self._records
+        return self._metrics.rows
 
     def close(self) -> None:
         """No more is to come."""
@@ -121,9 +148,11 @@ class RunLog:
             self._trackers.end()
 
     def flush(self) -> None:
-        """Make the file hold every record; object stores have no append, so there it happens at checkpoints."""
+        """Make the files hold everything; object stores have no append, so there it happens at checkpoints."""
         self._fs.makedirs(self._folder, exist_ok=True)
-        write_text(self._fs, self._path, "".join(json.dumps(record) + "\n" for record in self._records))
+        self._metrics.flush()
+        if self._samples.is_used:
+            self._samples.flush()
         if self._board is not None:
             self._board.flush()
 

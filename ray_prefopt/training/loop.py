@@ -46,6 +46,7 @@ from ray_prefopt.training.checkpoint import (
 from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.metrics import METRICS, MetricSums
 from ray_prefopt.training.predictions import Evaluation, Predictions, computed
+from ray_prefopt.training.samples import Sample, sampled
 from ray_prefopt.training.step import StepInput, evaluate, train_step
 
 Record = dict[str, float]
@@ -84,6 +85,7 @@ class Reports:
     report: Callable[[Record], None]
     """To Ray Train, by all ranks: a barrier."""
     returned: Callable[[Returned], None] = lambda _: None
+    samples: Callable[[list[Sample]], None] = lambda _: None
 
 
 def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
@@ -193,6 +195,10 @@ class _Training:
         found = _evaluate_all(self._engine, self._evaluations, self._objective, self._job)
         self._log({"step": self._state.step, "epoch": self._plan.epoch_at(self._state.step), **found.record})
         self._callbacks.call("on_evaluate", metrics=dict(found.record))
+        if self._run.eval_samples:
+            sets = {name: held_out.blocks for name, held_out in self._evaluations.items()}
+            tokenizer = load_tokenizer(self._job.config.model)
+            self._reports.samples(sampled(self._engine, tokenizer, sets, self._job.config, self._state.step))
         metric = self._best_metric
         if metric is None:
             return

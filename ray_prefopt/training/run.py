@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 NO_HOOKS = Hooks()
 MAY_CHANGE = {
     "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "accelerator_type", "placement_strategy",
-    "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps",
-    "eval_on_start", "eval_delay", "save_steps", "keep_checkpoints", "best_metric", "max_failures", "resume_from",
-    "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s", "storage_path", "report_to",
-    "auto_find_batch_size",
+    "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
+    "eval_samples", "eval_sample_tokens", "save_steps", "keep_checkpoints", "best_metric", "max_failures",
+    "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s",
+    "storage_path", "report_to", "auto_find_batch_size",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
@@ -242,7 +242,9 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 
 def _describe_model(config: ModelConfig, architecture: PretrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        model = model_class(architecture).from_config(architecture, trust_remote_code=config.trust_remote_code)
+        model = model_class(architecture).from_config(
+            architecture, trust_remote_code=config.trust_remote_code
+        )
     return {
         "architecture": architecture.model_type,
         "parameters": model.num_parameters(),

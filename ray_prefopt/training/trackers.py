@@ -75,6 +75,13 @@ class Trackers:
         self._state.global_step, self._state.epoch = record["step"], record.get("epoch", 0.0)
         self._call("on_log", logs={name: value for name, value in record.items() if name != "step"})
 
+    def samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """To W&B as a table; the others have no place for texts."""
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None and samples:
+            table = wandb.Table(columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+            wandb.log({"samples": table, "train/global_step": self._state.global_step})
+
     def end(self) -> None:
         """Have everything written: this process may be killed now."""
         self._call("on_train_end")

@@ -61,6 +61,7 @@ def _train(given: dict[str, Any]) -> None:
         saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
         warn=on_rank_0(log.warn.remote),
         report=ray.train.report,
+        samples=on_rank_0(log.sampled.remote),
         returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
     )
     _guarded(log, lambda: train_worker(given["job"], _device(given["job"]), reports))

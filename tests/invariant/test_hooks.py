@@ -11,7 +11,13 @@ import pytest
 import torch
 from ray import cloudpickle
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    TrainerCallback,
+)
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.tokenization import TokenizedPair
@@ -19,6 +25,7 @@ from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.training.callbacks import STATE_FILE, Returned
 from ray_prefopt.training.checkpoint import latest_checkpoint
+from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks, check_portable
 from ray_prefopt.training.loop import Job, Record, Reports, evaluate_worker, train_worker
 from tests.gang import run_gang
@@ -406,3 +413,48 @@ def test_optimizers_that_do_not_belong_to_the_model(inputs: Inputs) -> None:
         ConfigError, match=r"^optimizers: the optimizer has taken steps already; give a new one$"
     ):
         OwnOptimizer.of(optimizer, None, model)
+
+
+# --- Samples ---
+
+
+def sampled(job: Job) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    reports = Reports(*[lambda _: None] * 5, samples=found.extend)
+    train_worker(job, torch.device("cpu"), reports)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero3"])
+def test_samples_are_what_the_model_writes_after_the_prompt(
+    engine: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    """With a top_k of 1 in the model's generation settings there is one completion: that of the exported model."""
+    model = AutoModelForCausalLM.from_pretrained(inputs.model)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = inputs.config(
+        engine,
+        model={"path": str(tmp_path / "model")},
+        run={"eval_samples": 3, "eval_sample_tokens": 5, "save_steps": None},
+    )
+    job = inputs.job(config, tmp_path)
+    first, second = run_gang(2, sampled, job)
+    assert first == second
+    assert [sample["step"] for sample in first] == [STEPS] * 3
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    trained = AutoModelForCausalLM.from_pretrained(export(checkpoint.path, str(tmp_path / "out"))).float()
+    pairs = [random_pairs(7, seed=1)[index] for index in (0, 3, 6)]
+    for sample, pair in zip(first, pairs, strict=True):
+        prompt = list(pair.chosen[: pair.chosen_start])
+        written = trained.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=5, pad_token_id=tokenizer.pad_token_id
+        )[0, len(prompt) :]
+        assert sample["sample"] == tokenizer.decode(written, skip_special_tokens=True)
+        assert sample["chosen"] == tokenizer.decode(
+            pair.chosen[pair.chosen_start :], skip_special_tokens=True
+        )
+        assert sample["prompt"] == tokenizer.decode(prompt, skip_special_tokens=True)
