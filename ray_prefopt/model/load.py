@@ -47,8 +47,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         )
     if is_split and decoder_start_id(architecture) is None:
         raise ModelError(
-            f"model {config.path or config.from_config}: {architecture.model_type} does not say how its decoder starts; "
-            "set decoder_start_token_id in its config (for T5, the id of the pad token)"
+            f"model {config.path or config.from_config}: {architecture.model_type} does not say how its decoder "
+            "starts; set decoder_start_token_id in its config (for T5, the id of the pad token)"
         )
     if config.disable_dropout:
         for name, value in architecture.to_dict().items():
