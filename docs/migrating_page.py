@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.table import HONOURED, IGNORED, REFUSED
-from ray_prefopt.compat.trainer import REFUSED as REFUSED_ARGUMENTS
 
 PAGE = Path(__file__).with_name("migrating-from-trl.md")
 
@@ -47,38 +46,38 @@ What is worth knowing beforehand:
 TRAINER = """\
 ## The trainers
 
-`CPOTrainer` and `SimPOTrainer` take `model` (a path, hub id or `PreTrainedModel`) or `model_init`, `args`,
-`train_dataset` and `eval_dataset` (a `Dataset` or `IterableDataset` of datasets, a Ray Dataset, or any path that
-[data](data.md) describes; several evaluation sets as a mapping), `processing_class` or `tokenizer`, and `peft_config`.
-New is `scaling_config`, a `ray.train.ScalingConfig`: how many workers there are, and whether each has a GPU. What is in
-memory is saved under `output_dir/inputs`, where workers read it.
+`CPOTrainer` and `SimPOTrainer` take what TRL's do: `model` (a path, hub id, `PreTrainedModel` or `PeftModel`) or
+`model_init`, `args`, `train_dataset` and `eval_dataset` (a `Dataset` or `IterableDataset` of datasets, a Ray Dataset, or
+any path that [data](data.md) describes; several evaluation sets as a mapping), `processing_class` or `tokenizer`,
+`peft_config`, and the Python below. New are `scaling_config` and `run_config`, Ray Train's own: how many workers there
+are and what each has; name, storage and failures of the run. What is in memory is saved under `output_dir/inputs`,
+where workers read it.
 
-`train`, `evaluate`, `save_model`, `push_to_hub`, `state.log_history`, `tokenize_row`, `get_batch_logps`,
-`concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL. After `train()`,
-`trainer.model` holds the trained weights. A second `train()` begins anew and moves the older run aside, unless
-`resume_from_checkpoint=True` says to go on.
+| argument | on the workers |
+|---|---|
+| `callbacks` | every rank calls them at transformers' events, with a `TrainerState` that is kept true, the model, the optimizer and the schedule. `should_log`, `should_evaluate`, `should_save` and `should_training_stop` are followed, those of rank 0 where ranks differ; `should_epoch_stop` is refused. What a callback has gathered is in your own object when `train()` returns; one that keeps a state, such as `EarlyStoppingCallback`, goes on with it after a restart. |
+| `compute_metrics` | gets an `EvalPrediction` of each whole evaluation set: `predictions` are the rewards of the chosen and the rejected completion of each pair, (N, 2), in the order of the set, `label_ids` are zeros. Its metrics may be `metric_for_best_model`. |
+| `preprocess_logits_for_metrics` | gets those rewards, (B, 2), and labels, (B,), of each micro-batch, and returns what is kept. |
+| `data_collator` | gets rows as `tokenize_row` makes them, and returns a padded batch; what it changes is trained on. |
+| `optimizers` | the optimizer is made again over the weights of the same names, the schedule with it; it must be new, and made over the `model` that is given. |
 
-| argument that is refused | instead |
-|---|---|"""
+`train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, `create_model_card`, `add_callback`, `pop_callback`,
+`remove_callback`, `log`, `state.log_history`, `tokenize_row`, `get_batch_logps`, `concatenated_forward`,
+`get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL. After `train()`, `trainer.model` holds the
+trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
+to go on."""
 
 
 def page() -> str:
     counts = {"honoured": len(HONOURED), "ignored": len(IGNORED), "refused": len(REFUSED)}
     parts = [
         HEAD.format(total=sum(counts.values()), **counts),
-        "\n".join(
-            [TRAINER, *(f"| `{name}` | {_advice(text)} |" for name, text in REFUSED_ARGUMENTS.items())]
-        ),
+        TRAINER,
         _table("Honoured", "what it becomes", HONOURED),
         _table("Ignored", "why", IGNORED),
         _table("Refused", "instead", REFUSED),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _advice(text: str) -> str:
-    """A refusal's text as a sentence of a table."""
-    return text[0].upper() + text[1:]
 
 
 def _table(title: str, column: str, texts: Mapping[str, str]) -> str:

@@ -420,6 +420,8 @@ class RunConfig(Config):
     """Trackers besides metrics.jsonl and TensorBoard, by transformers' names: `wandb`, `mlflow`, `trackio`, ..."""
     best_metric: str | None = None
     """Metric whose best checkpoint is kept: `eval_rewards/accuracies` when there is an evaluation set."""
+    best_mode: Literal["max", "min"] | None = None
+    """Whether its largest or its smallest value is best; when not given, the smallest of metrics that end in `loss`."""
     max_failures: int = Field(0, ge=-1)
     """Times the workers are started again after one of them died; -1 is without limit."""
     resume_from: Text | None = None
@@ -434,6 +436,10 @@ class RunConfig(Config):
     """Write the Hugging Face folder when training is done."""
     resource_timeout_s: float = Field(60.0, gt=0.0)
     """Longest wait for the cluster to have room for the workers."""
+
+    def is_lower_better(self, metric: str) -> bool:
+        """Whether the smallest value of this metric is the best."""
+        return self.best_mode == "min" or (self.best_mode is None and metric.endswith("loss"))
 
     @field_validator("name")
     @classmethod

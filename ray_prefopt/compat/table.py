@@ -103,8 +103,7 @@ HONOURED = {
     "save_total_limit": "`run.keep_checkpoints`, besides the best one; None keeps all",
     "load_best_model_at_end": "`run.best_metric` is `eval_loss` unless `metric_for_best_model` says otherwise",
     "metric_for_best_model": "`run.best_metric`, with `eval_` in front",
-    "greater_is_better": "of metrics that end in `loss` the lowest is best, of others the highest; the opposite is "
-    "refused",
+    "greater_is_better": "`run.best_mode`: `max` or `min`",
 }  # fmt: skip
 """Field: the fields of ours that it becomes."""
 

@@ -7,6 +7,7 @@ TrainConfig, and hands over to `training.run`.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,14 +28,16 @@ from transformers import (
     TrainerState,
 )
 from transformers.data.data_collator import DataCollator
+from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from ray_prefopt.compat.batches import LABEL_PAD, Batch, pairs_of, repacked, row_of, stacked
 from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
+from ray_prefopt.compat.hub import Pushes, Repository, repository_name
 from ray_prefopt.compat.inputs import Pairs, model_values, pairs_source
 from ray_prefopt.compat.translate import to_train_config
-from ray_prefopt.config import CPOLoss, TrainConfig
+from ray_prefopt.config import CPOLoss, RunConfig, TrainConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
 from ray_prefopt.data.prepare import length_limits
@@ -47,6 +49,7 @@ from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.load import load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.training.card import CardDetails, model_card
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import ComputeMetrics, Hooks
@@ -145,7 +148,8 @@ class CPOTrainer:
         pairs = pairs_source(self._train, self._inputs / "train")
         config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
-        self._result = result = train(_changed(config, run=run), hooks=hooks)
+        with Pushes(self.args, self._card_details()) if self.args.push_to_hub else nullcontext() as observer:
+            self._result = result = train(_changed(config, run=run), hooks=hooks, observer=observer)
         records = [json.loads(line) for line in Path(result.folder, "metrics.jsonl").read_text().splitlines()]
         losses = [record["loss"] for record in records if "loss" in record]
         self.state = TrainerState(
@@ -154,9 +158,11 @@ class CPOTrainer:
             max_steps=result.steps,
             log_history=records,
             best_model_checkpoint=result.best_checkpoint,
-            **_best(records, self._config.run.best_metric),
+            **_best(records, self._config.run),
         )
         self._take_weights()
+        if self.args.push_to_hub:
+            self.push_to_hub()
         mean_loss = sum(losses) / len(losses)
         return TrainOutput(result.steps, mean_loss, {**result.metrics, "train_loss": mean_loss})
 
@@ -241,6 +247,8 @@ class CPOTrainer:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         assert self.processing_class is not None
         self.processing_class.save_pretrained(folder)
+        if self._result is not None:
+            self._write_card(folder)
 
     def push_to_hub(
         self,
@@ -248,20 +256,57 @@ class CPOTrainer:
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
     ) -> Any:
-        """Upload what `save_model` writes to args.hub_model_id, or to the name of args.output_dir."""
-        hub = HfApi(token=token or self.args.hub_token)
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).name
-        repository = hub.create_repo(name, private=self.args.hub_private_repo, exist_ok=True).repo_id
+        """Upload what `save_model` writes to args.hub_model_id, or to the name of args.output_dir.
+
+        `card` is given to `create_model_card`. Returns the commit, or unless `blocking` a future of it.
+        """
+        self._notify("on_push_begin")
+        repository = Repository.of(self.args, token=token, revision=revision, private=private)
         folder = self._inputs / "upload"
         self.save_model(str(folder))
-        upload: Any = hub.upload_folder  # its overloads want a literal for run_as_future
-        return upload(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            run_as_future=not blocking,
+        self._write_card(folder, **card)
+        return repository.upload(folder, commit_message, blocking=blocking)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md in args.output_dir: how the model was trained, and what to cite."""
+        self._write_card(Path(str(self.args.output_dir)), model_name, dataset_name, tags)
+
+    def _write_card(
+        self,
+        folder: Path,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        card = model_card(
+            _changed(self._config, data={"train": self._train if isinstance(self._train, str) else []}),
+            steps=self._result.steps if self._result else 0,
+            metrics=self._result.metrics if self._result else {},
+            is_adapter=self._config.model.has_adapter,
+            details=self._card_details(model_name, dataset_name, tags),
+        )
+        card.save(folder / "README.md")
+
+    def _card_details(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> CardDetails:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return CardDetails(
+            model_name or repository_name(self.args).rpartition("/")[2],
+            getattr(base, "name_or_path", None),
+            (dataset_name,) if dataset_name else (),
+            (tags,) if isinstance(tags, str) else tuple(tags or ()),
         )
 
     def _beginning(self, resume: str | bool | None) -> dict[str, Any]:
@@ -396,6 +441,23 @@ class CPOTrainer:
             found = tokenized
         raise DataError(f"the row is no pair: {found.reason}, {found.detail}")
 
+    # --- What scripts call around a run ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002  # TRL's signature
+        """Add a record to state.log_history, for callbacks to hear of."""
+        self._logged(logs if self.state.epoch is None else {**logs, "epoch": self.state.epoch})
+
+    log_metrics = log_metrics
+    save_metrics = save_metrics
+    save_state = save_state
+
+    @staticmethod
+    def is_world_process_zero() -> bool:
+        """Whether this process may write; the driver is the only one that runs the script."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
 
 class SimPOTrainer(CPOTrainer):
     """The trainer of the SimPO document: `CPOTrainer` with its config and the document's names."""
@@ -446,11 +508,11 @@ def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
 
 
-def _best(records: Sequence[Mapping[str, float]], metric: str | None) -> dict[str, Any]:
-    """Value and step of the best evaluation, as TrainerState names them."""
-    found = [(record[metric], record["step"]) for record in records if metric in record] if metric else []
-    if not metric or not found:
+def _best(records: Sequence[Mapping[str, float]], run: RunConfig) -> dict[str, Any]:
+    """Value and step of the best evaluation, as TrainerState names them; the first one of equals."""
+    metric = run.best_metric or ""
+    found = [(record[metric], int(record["step"])) for record in records if metric in record]
+    if not found:
         return {}
-    sign = -1 if metric.endswith("loss") else 1
-    value, step = max(found, key=lambda each: (sign * each[0], -each[1]))
-    return {"best_metric": value, "best_global_step": int(step)}
+    value, step = (min if run.is_lower_better(metric) else max)(found, key=lambda entry: entry[0])
+    return {"best_metric": value, "best_global_step": step}

@@ -382,6 +382,7 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "save_steps": eval_steps if save_strategy == "best" else _interval(save_strategy, args.save_steps),
         "keep_checkpoints": 1 if save_strategy == "best" else args.save_total_limit or ALL_CHECKPOINTS,
         "best_metric": _best_metric(args) if evaluates else None,
+        "best_mode": None if args.greater_is_better is None else "max" if args.greater_is_better else "min",
         "eval_samples": (args.per_gpu_eval_batch_size or args.per_device_eval_batch_size)
         if args.generate_during_eval
         else 0,
@@ -400,7 +401,4 @@ def _best_metric(args: Args) -> str | None:
     metric = args.metric_for_best_model
     if metric is None:
         return "eval_loss" if args.load_best_model_at_end else None
-    if args.greater_is_better is not None and args.greater_is_better == metric.endswith("loss"):
-        direction = "lowest" if metric.endswith("loss") else "highest"
-        raise _refusal(args, "greater_is_better", f"of {metric} the {direction} is best here")
     return metric if metric.startswith("eval_") else f"eval_{metric}"

@@ -95,7 +95,9 @@ def arguments_of(config: TrainConfig, folder: str, metric: str | None) -> Traini
     """What a config is in transformers' words, for callbacks to read. `metric` is run.best_metric, resolved."""
     run, optim = config.run, config.optim
     metric_values: dict[str, Any] = (
-        {"metric_for_best_model": metric, "greater_is_better": not metric.endswith("loss")} if metric else {}
+        {"metric_for_best_model": metric, "greater_is_better": not run.is_lower_better(metric)}
+        if metric
+        else {}
     )
     return TrainingArguments(
         output_dir=folder,

@@ -205,7 +205,7 @@ class _Training:
         if metric not in found.record:
             raise ConfigError(f"run.best_metric {metric!r} is not among {', '.join(found.record)}")
         value = found.record[metric]
-        self._state = better(self._state, -value if metric.endswith("loss") else value)
+        self._state = better(self._state, -value if self._run.is_lower_better(metric) else value)
         if self._state.best_step == self._state.step:
             self._callbacks.state.best_metric = value
             self._callbacks.state.best_global_step = self._state.step

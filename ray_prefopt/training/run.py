@@ -48,7 +48,7 @@ NO_HOOKS = Hooks()
 MAY_CHANGE = {
     "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "accelerator_type", "placement_strategy",
     "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
-    "eval_samples", "eval_sample_tokens", "save_steps", "keep_checkpoints", "best_metric", "max_failures",
+    "eval_samples", "eval_sample_tokens", "save_steps", "keep_checkpoints", "best_metric", "best_mode", "max_failures",
     "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s",
     "storage_path", "report_to", "auto_find_batch_size",
 }  # fmt: skip
