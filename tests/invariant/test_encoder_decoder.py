@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero 3, lora": {"engine": "zero3", "lora": True},
     "zero 3, bf16": {"engine": "zero3", "dtype": "bfloat16"},
 }
+FEW = ("plain", "zero 2", "zero 3", "zero 3, lora")
 
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
@@ -39,10 +40,11 @@ def split_inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def runs(split_inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Curve]]:
-    """Two ranks, and each run stopped half-way once."""
+    """Two ranks, and each run stopped half-way once; all cases for T5, a few for BART."""
     folder = tmp_path_factory.mktemp("runs")
+    cases = CASES if "t5" in split_inputs.model else {name: CASES[name] for name in FEW}
     jobs = {
-        name: split_inputs.job(split_inputs.config(**case), folder / name) for name, case in CASES.items()
+        name: split_inputs.job(split_inputs.config(**case), folder / name) for name, case in cases.items()
     }
     stop_at(jobs, 2, step=2)
     return folder, curves(jobs, 2)
@@ -69,6 +71,8 @@ def test_engines_and_stops_change_nothing(runs: Any, reference: Curve) -> None:
 
 def test_adapters_and_half_precision_are_the_same_on_other_stages(runs: Any, reference: Curve) -> None:
     _, found = runs
+    if found.keys() < CASES.keys():
+        pytest.skip("T5 is enough for these")
     for step, other in zip(found["zero 2, lora"].steps, found["zero 3, lora"].steps, strict=True):
         compare(step, other, rel=1e-5)
     for step, expected in zip(found["zero 3, bf16"].steps, reference.steps[2:], strict=True):
