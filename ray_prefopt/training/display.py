@@ -94,6 +94,9 @@ class Display:
         path, step = value
         self._say(f"step {step}: checkpoint {path.rsplit('/', 1)[-1]}")
 
+    def _on_controller(self, controller: Any) -> None:
+        """Nothing to see."""
+
     def _on_warning(self, text: str) -> None:
         self._say(f"warning: {text}")
 

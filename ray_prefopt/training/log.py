@@ -23,7 +23,7 @@ from ray_prefopt.training.trackers import Trackers, environment
 CLOSE_S = 60.0
 """Longest wait for trackers to finish."""
 Event = tuple[str, Any]
-"""Kind (`started`, `metrics`, `saved`, `warning`) and what belongs to it."""
+"""Kind (`controller`, `started`, `metrics`, `saved`, `warning`) and what belongs to it."""
 
 
 class Lines:
@@ -120,6 +120,10 @@ class RunLog:
     def callbacks(self) -> Returned | None:
         """As they were when training ended."""
         return self._callbacks
+
+    def controlled(self, controller: Any) -> None:
+        """`controller` is the actor that runs the workers of this attempt."""
+        self._events.append(("controller", controller))
 
     def warn(self, text: str) -> None:
         self._events.append(("warning", text))

@@ -16,6 +16,7 @@ import ray.train.torch
 import torch
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_prefopt.config import RunConfig, TrainConfig
 from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
@@ -98,6 +99,19 @@ def _guarded(log: Any, work: Callable[[], Any]) -> None:
 # --- On the driver ---
 
 
+class _Introduction(ControllerCallback):
+    """Tells the log which actor runs the workers: whoever watches the run can stop it with `abort`.
+
+    Workers outlive a controller that just dies, until Ray's dashboard notices, if there is one.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
+        self._log.controlled.remote(ray.get_runtime_context().current_actor)
+
+
 def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
     run = job.config.run
     _wait_for_room(job.config)
@@ -117,6 +131,7 @@ def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
             storage_path=f"{job.folder}/ray",
             failure_config=FailureConfig(max_failures=run.max_failures),
+            callbacks=[_Introduction(log)],
             worker_runtime_env={"env_vars": _environment(job.config)},  # type: ignore[call-arg]  # Train v2 has it
         ),
     )
