@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from fsspec.core import url_to_fs
 from transformers import TrainerState
+from transformers.trainer_utils import enable_full_determinism
 
 from ray_prefopt.config import Interval, RunConfig, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
@@ -91,7 +92,7 @@ class Reports:
 def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     """Train to the end of the plan, or until a callback says stop, from the newest checkpoint if there is one."""
     config = job.config
-    torch.set_num_threads(config.run.cpus_per_worker)
+    _set_up(config)
     checkpoint = _starting_point(job)
     assert job.train_blocks is not None
     blocks = open_blocks(job.train_blocks)
@@ -254,10 +255,18 @@ def _callbacks(
 
 def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     """Every evaluation set, by the model or by the checkpoint that run.resume_from names."""
-    torch.set_num_threads(job.config.run.cpus_per_worker)
+    _set_up(job.config)
     engine = _engine_at(job, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
     return _evaluate_all(engine, _eval_sets(job, engine), objective, job)
+
+
+def _set_up(config: TrainConfig) -> None:
+    """What holds for the whole process."""
+    torch.set_num_threads(config.run.cpus_per_worker)
+    torch.set_float32_matmul_precision(config.model.float32_matmul_precision)
+    if config.run.full_determinism:
+        enable_full_determinism(config.run.seed)
 
 
 def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:

@@ -249,8 +249,14 @@ def _describe_model(config: ModelConfig, architecture: PretrainedConfig) -> dict
         "architecture": architecture.model_type,
         "parameters": model.num_parameters(),
         "dtype": str(compute_dtype(config, architecture)).removeprefix("torch."),
-        "trained": "all weights" if config.lora is None else f"LoRA adapters of rank {config.lora.r}",
+        "trained": _describe_trained(config),
     }
+
+
+def _describe_trained(config: ModelConfig) -> str:
+    if not config.has_adapter:
+        return "all weights"
+    return f"LoRA adapters of rank {config.lora.r}" if config.lora else f"the LoRA adapter {config.adapter}"
 
 
 def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str, Any]:
@@ -362,7 +368,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     resume_from = run.resume_from and _absolute(run.resume_from)
     local = {
         field: _absolute(path)
-        for field, path in (("path", model.path), ("tokenizer", model.tokenizer))
+        for field, path in (("path", model.path), ("tokenizer", model.tokenizer), ("adapter", model.adapter))
         if path is not None and Path(path).expanduser().is_dir()
     }
     return config.model_copy(
