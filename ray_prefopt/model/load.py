@@ -158,7 +158,8 @@ def load_model(
     """
     architecture = load_architecture(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
-    if is_quantized(config, architecture):
+    quantized = is_quantized(config, architecture)
+    if quantized:
         precision = compute_dtype(config, architecture)
         options |= loading_options(config, compute_dtype=precision, device=device)
     torch.manual_seed(seed)
@@ -166,7 +167,7 @@ def load_model(
         model = _random(config, architecture, options)
     else:
         model = _pretrained(config, architecture, options)
-    if is_quantized(config, architecture):
+    if quantized:
         model = model.dequantize(dtype) if dequantize else prepared(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
+from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from ray_prefopt.config import ModelConfig
@@ -58,7 +60,8 @@ def loading_options(
     config: ModelConfig, *, compute_dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Arguments of from_pretrained for quantized weights, which are made on the device that they stay on."""
-    options: dict[str, Any] = {"device_map": {"": str(device)}}
+    # Under ZeRO 3 transformers takes no place for a model; it is the current device then.
+    options: dict[str, Any] = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": str(device)}}
     if config.quantization is not None:
         given = {"bnb_4bit_compute_dtype": compute_dtype, **config.quantization}
         options["quantization_config"] = BitsAndBytesConfig(**given)
@@ -69,6 +72,17 @@ def prepared(model: Any) -> Any:
     """The quantized model as gradients need it: frozen, and in fp32 what is not quantized."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # An evaluation would rewrite the weights into a form without a backward pass, for good.
+            # On some CPUs, an evaluation would rewrite the weights into a form without a backward pass, for good.
             module.support_avx512bf16_for_cpu = False
+    model.register_state_dict_post_hook(_without_scales)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _without_scales(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave out the scales that bitsandbytes adds for its weights: checkpoints hold neither."""
+    own = {
+        *dict(model.named_parameters(prefix.rstrip("."), remove_duplicate=False)),
+        *dict(model.named_buffers(prefix.rstrip("."), remove_duplicate=False)),
+    }
+    for name in [name for name in state if name.startswith(prefix) and name not in own]:
+        del state[name]

@@ -16,15 +16,15 @@ from ray_prefopt.errors import CheckpointError, ConfigError
 from ray_prefopt.model.adapters import merged
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.training.card import model_card
+from ray_prefopt.training.card import NO_DETAILS, CardDetails, model_card
 from ray_prefopt.training.checkpoint import Checkpoint, find_checkpoint, local_copy
 
 
-def export(source: str, out: str, *, merge: bool = False) -> str:
+def export(source: str, out: str, *, merge: bool = False, details: CardDetails = NO_DETAILS) -> str:
     """Write the model in a checkpoint, or in the newest checkpoint of a run, as a Hugging Face folder; returns `out`.
 
     With an adapter that is the adapter, or with `merge` the whole model, no longer quantized; README.md is its model
-    card. Raises CheckpointError for a source that holds no whole checkpoint, ConfigError for `merge` without an adapter
+    card, to which `details` may add. Raises CheckpointError for a source that holds no whole checkpoint, ConfigError for `merge` without an adapter
     or an `out` that holds something else.
     """
     checkpoint = find_checkpoint(source)
@@ -54,6 +54,7 @@ def export(source: str, out: str, *, merge: bool = False) -> str:
             steps=checkpoint.state.step,
             metrics=metrics_at(checkpoint),
             is_adapter=config.model.has_adapter and not merge,
+            details=details,
         )
         card.save(staged / "README.md")  # in the place of peft's
         if isinstance(fs, LocalFileSystem):
