@@ -27,7 +27,7 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, PrefoptError, suggest
 from ray_prefopt.help import command_help, overview
 from ray_prefopt.options import did_you_mean, nearest_fields, options, sections
-from ray_prefopt.settings import config_schema, dump_yaml, load_config, split_flags
+from ray_prefopt.settings import config_schema, dump_yaml, load_config, load_tune_config, split_flags
 
 # --- Commands ---
 
@@ -67,6 +67,23 @@ def _evaluate(args: argparse.Namespace) -> Any:
     from ray_prefopt.training.run import evaluate
 
     return evaluate(config)
+
+
+def _tune(args: argparse.Namespace) -> Any:
+    config = load_tune_config(args.config, args.flags)
+    _note(_outline(config))
+    from ray_prefopt.search.tune import describe_search, named, tune
+
+    if args.dry_run:
+        return describe_search(config, config.search)
+    base = named(config)
+    try:
+        return tune(base, config.search, resume=args.resume)
+    except KeyboardInterrupt:
+        to_resume = [] if config.run.name else [f"--run.name={base.run.name}"]
+        to_resume += [] if args.resume else ["--resume"]
+        to_resume += ["--run.force_new=false"] if config.run.force_new else []
+        raise KeyboardInterrupt(*to_resume) from None
 
 
 def _export(args: argparse.Namespace) -> Any:
@@ -156,6 +173,7 @@ _ALL = (
     _argument("-h", "--help", action="store_true", help="Show this text."),
 )
 _CONFIG_USAGE = "[-c FILE]... [--section.field VALUE]..."
+_RUN_SECTIONS = tuple(name for name in sections() if name != "search")
 
 COMMANDS = {
     "train": Command(
@@ -163,6 +181,17 @@ COMMANDS = {
         "Train a model on preference pairs; a run of the same name is resumed.",
         _CONFIG_USAGE,
         (_CONFIG, _DRY_RUN),
+        _RUN_SECTIONS,
+    ),
+    "tune": Command(
+        _tune,
+        "Search for the best beta, margin, weights or any other field, in a space of yours or a published one.",
+        f"[--resume] {_CONFIG_USAGE}",
+        (
+            _CONFIG,
+            _argument("--resume", action="store_true", help="Go on with the search of this run.name."),
+            _DRY_RUN,
+        ),
         tuple(sections()),
     ),
     "tokenize": Command(
@@ -211,7 +240,7 @@ COMMANDS = {
             ),
             _CONFIG,
         ),
-        tuple(sections()),
+        _RUN_SECTIONS,
     ),
     "demo": Command(
         _demo,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ray_prefopt.config import TrainConfig
+from ray_prefopt.search_config import TuneConfig
 
 Keys = tuple[str | int, ...]
 
@@ -97,7 +97,7 @@ def _walk(model: type[BaseModel], prefix: str, kind: str) -> Iterator[Option]:
 def options() -> Mapping[str, Option]:
     """Every field by dotted name, in the order of the tree. Fields of several losses are joined into one."""
     joined: dict[str, Option] = {}
-    for option in _walk(TrainConfig, "", ""):
+    for option in _walk(TuneConfig, "", ""):
         first = joined.get(option.name)
         if first is not None:
             defaults = {**first.defaults, **option.defaults}
@@ -110,10 +110,10 @@ def options() -> Mapping[str, Option]:
 def sections() -> Mapping[str, str]:
     """The top sections with the first line of what they say about themselves."""
     texts = {"loss": "Which loss, and its weights; `kind` decides which of the fields there are."}
-    for name, field in TrainConfig.model_fields.items():
+    for name, field in TuneConfig.model_fields.items():
         model = _sections(field)[0]
         texts.setdefault(name, (model.__doc__ or "").partition("\n")[0])
-    return {name: texts[name] for name in TrainConfig.model_fields}
+    return {name: texts[name] for name in TuneConfig.model_fields}
 
 
 def nearest_fields(name: str, known: Sequence[str]) -> list[str]:
@@ -125,6 +125,8 @@ def nearest_fields(name: str, known: Sequence[str]) -> list[str]:
     ['optim.learning_rate']
     """
     name = name.replace("-", "_")
+    if not name.startswith("search."):  # whose fields are those of one command
+        known = [other for other in known if not other.startswith("search.")] or known
     section, _, leaf = name.rpartition(".")
     leaves: dict[str, list[str]] = {}
     for other in known:

@@ -146,6 +146,8 @@ class Problems:
 
     def _unknown(self, keys: Keys) -> str:
         name = dotted(keys)
+        if name == "search":
+            return self._place(keys, "is for `ray-prefopt tune`, which varies this config: leave it out here")
         parts = str(keys[-1]).split(".")
         if len(parts) > 1 and name in options():
             nested = "{" + ": {".join(parts) + ": ..." + "}" * len(parts)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +20,9 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.options import Keys, Option, did_you_mean, dotted, has, nearest_fields, options, sections
 from ray_prefopt.problems import Layer, Problems
+from ray_prefopt.search_config import TuneConfig
+
+T = TypeVar("T", bound=TrainConfig)
 
 # --- YAML ---
 
@@ -78,7 +81,9 @@ def dump_yaml(config: TrainConfig) -> str:
 
 def config_schema() -> dict[str, Any]:
     """JSON Schema of a config file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TrainConfig.model_json_schema()}
+    schema = TuneConfig.model_json_schema()
+    schema["required"].remove("search")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 # --- Where values come from ---
@@ -236,7 +241,7 @@ class _Flag:
         return not (option.is_mapping or option.is_section or option.is_list)
 
 
-class _FlagSettings(BaseSettings, TrainConfig):
+class _FlagSettings(BaseSettings, TuneConfig):
     """The tree as pydantic-settings wants it: only its fields are used, never an instance."""
 
     model_config = SettingsConfigDict(extra="forbid")
@@ -371,15 +376,24 @@ def load_config(
     files: Sequence[Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """Build the config from `base`, files and flags, later ones over earlier ones; raises ConfigError alone."""
+    return _load(TrainConfig, files, flags, base)
+
+
+def load_tune_config(files: Sequence[Path] = (), flags: Sequence[str] = ()) -> TuneConfig:
+    """The same with a section `search`."""
+    return _load(TuneConfig, files, flags, None)
+
+
+def _load(kind: type[T], files: Sequence[Path], flags: Sequence[str], base: Mapping[str, Any] | None) -> T:
     layers: list[_File | _Flags] = [*map(_read_file, files), _read_flags(flags)]
     values = dict(base or {})
     for layer in layers:
         values = _merge(values, {key: value for key, value in layer.values.items() if value is not None})
-    return _build(values, layers)
+    return _build(kind, values, layers)
 
 
-def _build(values: dict[str, Any], layers: Sequence[Layer]) -> TrainConfig:
-    for name, field in TrainConfig.model_fields.items():
+def _build(kind: type[T], values: dict[str, Any], layers: Sequence[Layer]) -> T:
+    for name, field in kind.model_fields.items():
         section = values.setdefault(name, {})
         if field.discriminator and isinstance(section, dict):
             default = field.get_default(call_default_factory=True, validated_data={})
@@ -387,7 +401,7 @@ def _build(values: dict[str, Any], layers: Sequence[Layer]) -> TrainConfig:
     problems = Problems(values, layers)
     misused = problems.booleans()
     try:
-        config = TrainConfig.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys([*misused, *problems.of(error)]))) from None
     if misused:

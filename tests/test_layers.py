@@ -25,7 +25,7 @@ OWNERS = {
         "ray_prefopt.data.prepare",
         "ray_prefopt.data.sources",
         "ray_prefopt.training",
-        "ray_prefopt.tune",
+        "ray_prefopt.search",
         "ray_prefopt.compat",
     ),
     "peft": ("ray_prefopt.compat.inputs", "ray_prefopt.model"),

@@ -131,7 +131,7 @@ def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
             storage_path=f"{job.folder}/ray",
             failure_config=FailureConfig(max_failures=run.max_failures),
-            callbacks=[_Introduction(log)],
+            callbacks=[_Introduction(log)],  # type: ignore[list-item]  # Train v2 takes it
             worker_runtime_env={"env_vars": _environment(job.config)},  # type: ignore[call-arg]  # Train v2 has it
         ),
     )

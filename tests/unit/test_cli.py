@@ -68,6 +68,7 @@ def test_overview(call: Call) -> None:
         "Preference fine-tuning (SimPO, CPO, CPO-SimPO) of causal language models on a Ray cluster.",
         "",
         "  train     Train a model on preference pairs; a run of the same name is resumed.",
+        "  tune      Search for the best beta, margin, weights or any other field, in a space of yours or a published one.",
         "  tokenize  Make the token blocks that training reads; a later run finds them.",
         "  evaluate  Measure a model on held-out pairs.",
         "  export    Write a checkpoint as a Hugging Face folder.",
@@ -205,7 +206,7 @@ def test_what_needs_no_model_loads_no_heavy_library(arguments: list[str]) -> Non
         ("trian", "trian is not a command of ray-prefopt. Did you mean train?"),
         (
             "zzz",
-            "zzz is not a command of ray-prefopt. They are train, tokenize, evaluate, export, config, demo",
+            "zzz is not a command of ray-prefopt. They are train, tune, tokenize, evaluate, export, config, demo",
         ),
         ("--verison", "--verison is not a command of ray-prefopt. Did you mean --version?"),
         ("train --dryrun", "--dryrun is not an option of ray-prefopt train. Did you mean --dry-run?"),

@@ -1,0 +1,1 @@
+"""Search on Ray Tune: the space and its points, trials that are runs, their ranking and the report."""

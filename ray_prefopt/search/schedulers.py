@@ -1,0 +1,68 @@
+"""Tune's schedulers, in a unit of time that is the share of a run that every trial may take."""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune import schedulers
+
+from ray_prefopt.search.space import Space, draw
+from ray_prefopt.search_config import Dimension, SearchConfig
+
+RESAMPLED = 0.25
+"""Share of the values of a copied point that are drawn anew; the others are perturbed (arXiv 1711.09846)."""
+FACTORS = (0.8, 1.25)
+
+
+def make_scheduler(space: Space, search: SearchConfig) -> schedulers.TrialScheduler:
+    own: dict[str, Any] = {"time_attr": "time", "metric": "score", "mode": "max"}
+    whole: Any = 1 / search.grace
+    never: Any = math.inf
+    if search.scheduler == "asha":
+        return schedulers.ASHAScheduler(
+            **own, grace_period=1, max_t=whole, reduction_factor=search.reduction_factor
+        )
+    if search.scheduler == "hyperband":
+        return schedulers.HyperBandScheduler(**own, max_t=whole, reduction_factor=search.reduction_factor)
+    if search.scheduler == "median":
+        # A trial that waits for others to compare with would have to be started again.
+        return schedulers.MedianStoppingRule(**own, grace_period=1, min_time_slice=never)
+    if search.scheduler == "pbt":
+        return schedulers.PopulationBasedTraining(
+            **own,
+            perturbation_interval=1,
+            custom_explore_fn=lambda config: explore(config, space, search.seed),
+            log_config=False,
+        )
+    return schedulers.FIFOScheduler()
+
+
+def explore(config: dict[str, Any], space: Space, seed: int) -> dict[str, Any]:
+    """The config of a trial that copies another, whose config this is: a point near the other's."""
+    rng = random.Random(f"{seed} {json.dumps(config['point'], sort_keys=True)}")
+    return {**config, "point": perturbed(config["point"], space.dimensions, rng)}
+
+
+def perturbed(
+    point: Mapping[str, Any], dimensions: Mapping[str, Dimension], rng: random.Random
+) -> dict[str, Any]:
+    """Each value drawn anew, or multiplied by a factor and kept in its range, or moved to a neighbour in its list."""
+    return {
+        name: draw(dimensions[name], rng) if rng.random() < RESAMPLED else _near(value, dimensions[name], rng)
+        for name, value in point.items()
+    }
+
+
+def _near(value: Any, dimension: Dimension, rng: random.Random) -> Any:
+    if dimension.values is not None:
+        values = sorted(dimension.values)
+        return values[min(max(values.index(value) + rng.choice((-1, 1)), 0), len(values) - 1)]
+    assert dimension.bounds is not None
+    low, high = dimension.bounds
+    moved = min(max(value * rng.choice(FACTORS), low), high)
+    if dimension.quniform:
+        step = dimension.quniform[2]
+        moved = low + step * round((moved - low) / step)
+    return moved
