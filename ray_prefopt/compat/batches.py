@@ -24,8 +24,35 @@ def stacked(batch: Batch, name: str) -> Tensor:
     return torch.cat([F.pad(part, (0, width - part.shape[1]), value=fill) for part in (chosen, rejected)])
 
 
+def inputs_of(batch: Batch, *, pad_id: int, decoder_start_id: int | None) -> dict[str, Tensor]:
+    """What the model reads of a batch, chosen rows over rejected ones; decoders alone have no `decoder_start_id`."""
+    if decoder_start_id is None:
+        return {name: stacked(batch, name) for name in ("input_ids", "attention_mask")}
+    labels = stacked(batch, "labels")
+    starts = torch.full_like(labels[:, :1], decoder_start_id)
+    return {
+        **{
+            name: torch.as_tensor(batch[f"prompt_{name}"]).repeat(2, 1)
+            for name in ("input_ids", "attention_mask")
+        },
+        "decoder_input_ids": torch.cat(
+            [starts, labels[:, :-1].masked_fill(labels[:, :-1] == LABEL_PAD, pad_id)], 1
+        ),
+    }
+
+
 def pairs_of(batch: Batch) -> list[TokenizedPair]:
-    """The pairs of a padded batch."""
+    """The pairs of a padded batch; for an encoder-decoder it holds prompts and labels alone."""
+    if "chosen_input_ids" not in batch:
+        prompts = _unpadded(batch, "prompt_input_ids", torch.as_tensor(batch["prompt_attention_mask"]).bool())
+        chosen, rejected = (
+            _unpadded(batch, name, torch.as_tensor(batch[name]) != LABEL_PAD)
+            for name in ("chosen_labels", "rejected_labels")
+        )
+        return [
+            TokenizedPair(prompt + one, prompt + other, len(prompt), len(prompt))
+            for prompt, one, other in zip(prompts, chosen, rejected, strict=True)
+        ]
 
     def unpadded(side: str) -> list[tuple[list[int], int]]:
         columns = (
@@ -45,15 +72,25 @@ def pairs_of(batch: Batch) -> list[TokenizedPair]:
     ]
 
 
-def row_of(pair: TokenizedPair) -> dict[str, list[int]]:
-    """Ids, attention masks and labels of a pair, and its prompt."""
+def _unpadded(batch: Batch, name: str, mask: Tensor) -> list[list[int]]:
+    rows = zip(torch.as_tensor(batch[name]), mask, strict=True)
+    return [row[kept].tolist() for row, kept in rows]
+
+
+def row_of(pair: TokenizedPair, *, is_encoder_decoder: bool = False) -> dict[str, list[int]]:
+    """Ids, attention masks and labels of a pair, and its prompt; for an encoder-decoder prompt and labels alone."""
     prompt = list(pair.chosen[: min(pair.chosen_start, pair.rejected_start)])
-    return {
-        **_side("chosen", pair.chosen, pair.chosen_start),
-        **_side("rejected", pair.rejected, pair.rejected_start),
-        "prompt_input_ids": prompt,
-        "prompt_attention_mask": [1] * len(prompt),
-    }
+    if is_encoder_decoder:
+        sides = {
+            "chosen_labels": pair.chosen[pair.chosen_start :],
+            "rejected_labels": pair.rejected[pair.rejected_start :],
+        }
+    else:
+        sides = {
+            **_side("chosen", pair.chosen, pair.chosen_start),
+            **_side("rejected", pair.rejected, pair.rejected_start),
+        }
+    return {**sides, "prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
 def _side(side: str, ids: list[int], start: int) -> dict[str, list[int]]:
@@ -65,18 +102,25 @@ def _side(side: str, ids: list[int], start: int) -> dict[str, list[int]]:
 
 
 def repacked(
-    collator: Callable[[list[dict[str, Any]]], Batch], pairs: Sequence[TokenizedPair]
+    collator: Callable[[list[dict[str, Any]]], Batch],
+    pairs: Sequence[TokenizedPair],
+    *,
+    is_encoder_decoder: bool = False,
 ) -> list[TokenizedPair]:
     """The pairs after a collator written for TRL, which makes a padded batch of rows, has had its way with them.
 
     Raises ConfigError when it does not return a batch of as many pairs.
     """
     rows = [
-        row_of(TokenizedPair(list(pair.chosen), list(pair.rejected), pair.chosen_start, pair.rejected_start))
+        row_of(
+            TokenizedPair(list(pair.chosen), list(pair.rejected), pair.chosen_start, pair.rejected_start),
+            is_encoder_decoder=is_encoder_decoder,
+        )
         for pair in pairs
     ]
     batch = collator([dict(row) for row in rows])
-    missing = sorted(rows[0].keys() - batch.keys() - {"prompt_input_ids", "prompt_attention_mask"})
+    unread = set() if is_encoder_decoder else {"prompt_input_ids", "prompt_attention_mask"}
+    missing = sorted(rows[0].keys() - batch.keys() - unread)
     if missing:
         raise ConfigError(
             f"data_collator: its batch has no {', '.join(missing)}; it has {', '.join(sorted(batch))}"

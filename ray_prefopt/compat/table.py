@@ -57,6 +57,7 @@ HONOURED = {
     "gradient_checkpointing": "`model.gradient_checkpointing`",
     "gradient_checkpointing_kwargs": "as `activation_checkpointing_kwargs`",
     "disable_dropout": "`model.disable_dropout`",
+    "is_encoder_decoder": "the model knows it; refused when it says otherwise",
     "model_init_kwargs": "`dtype`, `attn_implementation`, `revision` and `trust_remote_code` are fields of `model`; "
     "`use_cache` has no effect; others are refused unless they are None",
     "trust_remote_code": "`model.trust_remote_code`",
@@ -66,7 +67,8 @@ HONOURED = {
     "max_length": "`data.max_length`; None is 512",
     "max_prompt_length": "`data.max_prompt_length`; None is 128 in `SimPOConfig`; a default that is not below "
     "`max_length` is left out",
-    "max_completion_length": "`data.max_completion_length`, of decoders too",
+    "max_completion_length": "`data.max_completion_length`, of decoders too; None is 128 for encoder-decoders",
+    "max_target_length": "as `max_completion_length`",
     "truncation_mode": "`data.truncation_mode`",
     # loss
     "loss_type": "`loss.kind` and `loss.link`: `sigmoid` and `hinge` are `cpo` in `CPOConfig` and `simpo` in "
@@ -188,8 +190,6 @@ REFUSED = {
     "eval_do_concat_batches": _PREDICTIONS,
     "batch_eval_metrics": _PREDICTIONS,
     "past_index": "leave it out: models with a state of their own cannot be trained",
-    "is_encoder_decoder": "use a decoder: encoder-decoders cannot be trained",
-    "max_target_length": "use max_completion_length, or a decoder: encoder-decoders cannot be trained",
     "push_to_hub": "call push_to_hub() of the trainer when train() is done",
     "push_to_hub_model_id": "use hub_model_id",
     "push_to_hub_organization": 'use hub_model_id="organization/name"',

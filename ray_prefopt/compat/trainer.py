@@ -31,7 +31,7 @@ from transformers.data.data_collator import DataCollator
 from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from ray_prefopt.compat.batches import LABEL_PAD, Batch, pairs_of, repacked, row_of, stacked
+from ray_prefopt.compat.batches import LABEL_PAD, Batch, inputs_of, pairs_of, repacked, row_of, stacked
 from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.hub import Pushes, Repository, repository_name
@@ -47,7 +47,7 @@ from ray_prefopt.errors import ConfigError, DataError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses, pair_rewards
 from ray_prefopt.model.forward import keeps_logits, pair_logps
-from ray_prefopt.model.load import load_architecture, model_class
+from ray_prefopt.model.load import decoder_start_id, load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.card import CardDetails, model_card
 from ray_prefopt.training.checkpoint import latest_checkpoint
@@ -100,14 +100,6 @@ class CPOTrainer:
         self.state = TrainerState()
         self._inputs = Path(str(self.args.output_dir)).absolute() / "inputs"
         self._train, self._eval = train_dataset, eval_dataset
-        self._hooks = Hooks(
-            arguments=self.args,
-            compute_metrics=None if self.args.prediction_loss_only else compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            include_for_metrics=_included(self.args),
-            repack=None if data_collator is None else partial(repacked, data_collator),
-            own_optimizer=_own_optimizer(optimizers, self.model, peft_config),
-        )
         cluster = run_values(scaling_config, run_config)
         self._translated = partial(
             to_train_config,
@@ -118,8 +110,20 @@ class CPOTrainer:
             peft_config=peft_config,
             cluster=cluster,
         )
-        self._config = self._translated(
-            data={"train": [], **({"eval": None} if eval_dataset is None else {})}
+        unread: dict[str, Any] = {"train": [], **({"eval": None} if eval_dataset is None else {})}
+        self._architecture = load_architecture(self._translated(data=unread).model)
+        self.is_encoder_decoder = bool(self._architecture.is_encoder_decoder)
+        self._translated = partial(self._translated, is_encoder_decoder=self.is_encoder_decoder)
+        self._config = self._translated(data=unread)
+        self._hooks = Hooks(
+            arguments=self.args,
+            compute_metrics=None if self.args.prediction_loss_only else compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            include_for_metrics=_included(self.args),
+            repack=None
+            if data_collator is None
+            else partial(repacked, data_collator, is_encoder_decoder=self.is_encoder_decoder),
+            own_optimizer=_own_optimizer(optimizers, self.model, peft_config),
         )
         if self.processing_class is None:
             self.processing_class = load_tokenizer(self._config.model)
@@ -378,16 +382,19 @@ class CPOTrainer:
     def get_batch_logps(
         logits: Tensor, labels: Tensor, average_log_prob: bool = False, is_encoder_decoder: bool = False
     ) -> Tensor:
-        """Summed or mean log-probabilities, (B,), of labels (B, T) under logits (B, T, V); label -100 is not scored."""
+        """Summed or mean log-probabilities, (B,), of labels (B, T) under logits (B, T, V); label -100 is not scored.
+
+        A decoder's logits predict the next label, those of an encoder-decoder the label at their own place.
+        """
         if logits.shape[:-1] != labels.shape:
             raise ConfigError(
                 f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together"
             )
-        if is_encoder_decoder:
-            raise ConfigError("is_encoder_decoder: only causal language models are trained here")
-        is_scored = labels[:, 1:] != LABEL_PAD
-        targets = labels[:, 1:].masked_fill(~is_scored, 0)
-        logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        if not is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        is_scored = labels != LABEL_PAD
+        targets = labels.masked_fill(~is_scored, 0)
+        logps = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         sums = (logps * is_scored).sum(-1)
         return sums / is_scored.sum(-1) if average_log_prob else sums
 
@@ -396,13 +403,15 @@ class CPOTrainer:
 
         With a router that reports it, the auxiliary loss comes last. Training itself never holds such logits.
         """
-        ids, mask, labels = (stacked(batch, name) for name in ("input_ids", "attention_mask", "labels"))
-        output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+        start = decoder_start_id(self._architecture)
+        output = model(**inputs_of(batch, pad_id=self._pad_id, decoder_start_id=start), use_cache=False)
+        labels = stacked(batch, "labels")
         is_mean = not isinstance(self._config.loss, CPOLoss)
-        logps = self.get_batch_logps(output.logits, labels, average_log_prob=is_mean)
+        is_split = self.is_encoder_decoder
+        logps = self.get_batch_logps(output.logits, labels, is_mean, is_encoder_decoder=is_split)
         pairs = len(labels) // 2
-        nll = -self.get_batch_logps(output.logits[:pairs], labels[:pairs]).sum()
-        nll = nll / (labels[:pairs, 1:] != LABEL_PAD).sum()
+        of_tokens = self.get_batch_logps(output.logits[:pairs], labels[:pairs], is_encoder_decoder=is_split)
+        nll = -of_tokens.sum() / (labels[:pairs, 0 if is_split else 1 :] != LABEL_PAD).sum()
         aux = [] if getattr(output, "aux_loss", None) is None else [output.aux_loss]
         return (logps[:pairs], logps[pairs:], output.logits[:pairs], output.logits[pairs:], nll, *aux)
 
@@ -411,7 +420,8 @@ class CPOTrainer:
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of a batch, a scalar with gradient, and its metrics under TRL's names."""
         pairs = pairs_of(batch)
-        collated = collate(pairs, pad_id=0).to(next(model.parameters()).device)
+        collated = collate(pairs, pad_id=self._pad_id, decoder_start_id=decoder_start_id(self._architecture))
+        collated = collated.to(next(model.parameters()).device)
         logps = pair_logps(model, collated, keep_logits=keeps_logits(model))
         tokens = sum(len(pair.chosen) - pair.chosen_start for pair in pairs)
         aux_loss_coef = getattr(getattr(model, "config", None), "router_aux_loss_coef", 0.0)
@@ -420,6 +430,11 @@ class CPOTrainer:
         prefix = "eval_" if train_eval == "eval" else ""
         values = means({name: value.item() for name, value in sums.items()}, steps=1)
         return loss, {prefix + name: value for name, value in values.items()}
+
+    @property
+    def _pad_id(self) -> int:
+        assert self.processing_class is not None
+        return self.processing_class.pad_token_id or 0  # what is padded is masked
 
     def tokenize_row(self, feature: Mapping[str, Any]) -> dict[str, list[int]]:
         """Ids, attention masks and labels of a row, as training sees them. Raises DataError when it is no pair."""
@@ -435,9 +450,11 @@ class CPOTrainer:
             assistant_header=data.assistant_header,
         )
         if not isinstance(found, Skipped):
-            (tokenized,) = tokenize_pairs([found], tokenizer, length_limits(data))
+            (tokenized,) = tokenize_pairs(
+                [found], tokenizer, length_limits(data), is_encoder_decoder=self.is_encoder_decoder
+            )
             if not isinstance(tokenized, Skipped):
-                return row_of(tokenized)
+                return row_of(tokenized, is_encoder_decoder=self.is_encoder_decoder)
             found = tokenized
         raise DataError(f"the row is no pair: {found.reason}, {found.detail}")
 

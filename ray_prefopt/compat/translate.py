@@ -27,11 +27,13 @@ def to_train_config(
     use_gpu: bool,
     peft_config: Any = None,
     cluster: Mapping[str, Any] = MappingProxyType({}),
+    is_encoder_decoder: bool | None = None,
 ) -> TrainConfig:
     """The config of the run that the arguments describe.
 
     `model` and `data` are the values of those sections that a trainer is given by itself: path, tokenizer, train, eval
     (None: there is nothing to evaluate on; left out: that is not known yet). `cluster` are further values of `run`.
+    `is_encoder_decoder` says what the model is, once it is known.
     Reads nothing but the JSON file that `args.deepspeed` may name. Raises ConfigError for what cannot be honoured.
     """
     if not isinstance(args, CPOConfig | SimPOConfig):
@@ -39,12 +41,19 @@ def to_train_config(
             f"args must be a CPOConfig or SimPOConfig of ray_prefopt; got {type(args).__name__}: change its import"
         )
     check(args)
-    lora = None if peft_config is None else _lora(peft_config)
+    if is_encoder_decoder is not None and args.is_encoder_decoder not in (None, is_encoder_decoder):
+        kind = "an encoder-decoder" if is_encoder_decoder else "a decoder alone"
+        raise _refusal(args, "is_encoder_decoder", f"the model is {kind}; leave it out")
+    lora = None if peft_config is None else _lora(peft_config, is_encoder_decoder=is_encoder_decoder)
     evaluates = _evaluates(args, data)
     return load_config(
         base={
             "model": {**_model(args), **({"lora": lora} if lora else {}), **model},
-            "data": {**_data(args), **data, **({} if evaluates else {"eval": None})},
+            "data": {
+                **_data(args, is_encoder_decoder=bool(is_encoder_decoder)),
+                **data,
+                **({} if evaluates else {"eval": None}),
+            },
             "loss": _cpo_loss(args) if isinstance(args, CPOConfig) else _simpo_loss(args),
             "optim": _optim(args),
             "engine": _engine(args, num_workers),
@@ -112,7 +121,7 @@ PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None}
 _BOOKKEEPING = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 
 
-def _lora(peft_config: Any) -> dict[str, Any]:
+def _lora(peft_config: Any, *, is_encoder_decoder: bool | None) -> dict[str, Any]:
     """Our section for a peft.LoraConfig, or for a mapping of its fields."""
     if isinstance(peft_config, Mapping):
         values = {**PEFT_DEFAULTS, **peft_config}
@@ -129,7 +138,9 @@ def _lora(peft_config: Any) -> dict[str, Any]:
             f"peft_config must be a peft.LoraConfig or a mapping of its fields; got {type(peft_config).__name__}: "
             "other adapters cannot be trained"
         )
-    if values.get("task_type") in (None, "CAUSAL_LM"):
+    tasks = {False: "CAUSAL_LM", True: "SEQ_2_SEQ_LM"}
+    known = tasks.values() if is_encoder_decoder is None else [tasks[is_encoder_decoder]]
+    if values.get("task_type") in (None, *known):
         values.pop("task_type", None)
     unknown = sorted(values.keys() - LoraConfig.model_fields.keys() - _BOOKKEEPING)
     if unknown:
@@ -144,7 +155,11 @@ def _lora(peft_config: Any) -> dict[str, Any]:
     }
 
 
-def _data(args: Args) -> dict[str, Any]:
+TARGET_LENGTH = 128
+"""What TRL cuts the completions of an encoder-decoder to when nothing else is said."""
+
+
+def _data(args: Args, *, is_encoder_decoder: bool) -> dict[str, Any]:
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential", "batch_rebalance", "group_by_length"):
         raise _refusal(args, "train_sampling_strategy", "use random, sequential or group_by_length")
@@ -160,10 +175,19 @@ def _data(args: Args) -> dict[str, Any]:
         max_prompt_length = default
     if max_prompt_length == default and default >= max_length:
         max_prompt_length = None
+    max_completion_length = args.max_completion_length
+    if isinstance(args, SimPOConfig) and args.max_target_length is not None:
+        if max_completion_length not in (None, args.max_target_length):
+            raise _refusal(
+                args, "max_target_length", f"max_completion_length is {max_completion_length}, leave one out"
+            )
+        max_completion_length = args.max_target_length
+    if max_completion_length is None and is_encoder_decoder:
+        max_completion_length = TARGET_LENGTH
     return {
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
-        "max_completion_length": args.max_completion_length,
+        "max_completion_length": max_completion_length,
         "truncation_mode": args.truncation_mode,
         "shuffle": strategy != "sequential",
         "group_by_length": args.group_by_length or strategy == "group_by_length",

@@ -109,8 +109,6 @@ SET: dict[str, Any] = {
     "eval_do_concat_batches": False,
     "batch_eval_metrics": True,
     "past_index": 0,
-    "is_encoder_decoder": True,
-    "max_target_length": 64,
     "push_to_hub": True,
     "push_to_hub_model_id": "model",
     "push_to_hub_organization": "org",

@@ -20,7 +20,12 @@ EVAL = {"train": "pairs.jsonl", "eval": "held_out.jsonl"}
 
 
 def translated(
-    args: Any, data: dict[str, Any] = EVAL, workers: int = 2, use_gpu: bool = True, peft_config: Any = None
+    args: Any,
+    data: dict[str, Any] = EVAL,
+    workers: int = 2,
+    use_gpu: bool = True,
+    peft_config: Any = None,
+    is_encoder_decoder: bool | None = None,
 ) -> TrainConfig:
     return to_train_config(
         args,
@@ -29,6 +34,7 @@ def translated(
         num_workers=workers,
         use_gpu=use_gpu,
         peft_config=peft_config,
+        is_encoder_decoder=is_encoder_decoder,
     )
 
 
@@ -141,6 +147,10 @@ CASES: dict[str, list[Case]] = {
         (SIMPO, {"max_length": 64}, "data.max_prompt_length", None),
     ],
     "max_completion_length": [(CPO, {"max_completion_length": 100}, "data.max_completion_length", 100)],
+    "max_target_length": [
+        (SIMPO, {"max_target_length": 64}, "data.max_completion_length", 64),
+        (SIMPO, {"max_target_length": 64, "max_completion_length": 64}, "data.max_completion_length", 64),
+    ],
     "truncation_mode": [(CPO, {"truncation_mode": "keep_start"}, "data.truncation_mode", "keep_start")],
     # loss
     "loss_type": [
@@ -260,6 +270,7 @@ CASES: dict[str, list[Case]] = {
 WITH_THE_TRAINER = {
     "resume_from_checkpoint", "hub_model_id", "hub_token", "hub_private_repo", "include_for_metrics",
     "include_inputs_for_metrics", "prediction_loss_only", "restore_callback_states_from_checkpoint",
+    "is_encoder_decoder",
 }  # fmt: skip
 """Honoured by methods of the trainer, and proved in its tests."""
 
@@ -651,6 +662,40 @@ def test_adapters_that_cannot_be_trained() -> None:
     assert refusal(CPOConfig(), peft_config=IA3Config()) == (
         "peft_config must be a peft.LoraConfig or a mapping of its fields; got IA3Config: "
         "other adapters cannot be trained"
+    )
+
+
+def test_targets_of_encoder_decoders_have_the_bound_of_trl() -> None:
+    for given, expected in (({}, 128), ({"max_completion_length": 300}, 300)):
+        data = translated(CPOConfig(**given), is_encoder_decoder=True).data
+        assert data.max_completion_length == expected
+    assert (
+        translated(SimPOConfig(max_target_length=64), is_encoder_decoder=True).data.max_completion_length
+        == 64
+    )
+    assert translated(CPOConfig(), is_encoder_decoder=False).data.max_completion_length is None
+    assert refusal(SimPOConfig(max_target_length=64, max_completion_length=65)) == (
+        "SimPOConfig.max_target_length cannot be honoured; got 64: max_completion_length is 65, leave one out"
+    )
+
+
+def test_a_model_is_what_it_is() -> None:
+    for said, found in ((None, True), (None, False), (True, True), (False, False), (True, None)):
+        translated(CPOConfig(is_encoder_decoder=said), is_encoder_decoder=found)
+    for said, kind in ((False, "an encoder-decoder"), (True, "a decoder alone")):
+        assert refusal(CPOConfig(is_encoder_decoder=said), is_encoder_decoder=not said) == (
+            f"CPOConfig.is_encoder_decoder cannot be honoured; got {said}: the model is {kind}; leave it out"
+        )
+    for found, task in (
+        (True, "SEQ_2_SEQ_LM"),
+        (False, "CAUSAL_LM"),
+        (None, "SEQ_2_SEQ_LM"),
+        (None, "CAUSAL_LM"),
+    ):
+        lora = translated(CPOConfig(), peft_config={"task_type": task}, is_encoder_decoder=found).model.lora
+        assert lora == LoraConfig(r=8, lora_alpha=8, target_modules=None)
+    assert refusal(CPOConfig(), peft_config={"task_type": "CAUSAL_LM"}, is_encoder_decoder=True).startswith(
+        "peft_config: task_type cannot be honoured; got ['CAUSAL_LM']: leave it out; "
     )
 
 
