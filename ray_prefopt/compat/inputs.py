@@ -10,36 +10,54 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ray_prefopt.errors import ConfigError
+from ray_prefopt.model.adapters import save_base
 from ray_prefopt.model.load import save_model
 
 Pairs: TypeAlias = str | datasets.Dataset | datasets.IterableDataset | ray.data.Dataset
 
 
 def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage: Path) -> dict[str, Any]:
-    """`path` and `tokenizer` of the model section; what is in memory is saved under `storage` first.
+    """`path`, `adapter` and `tokenizer` of the model section; what is in memory is saved under `storage` first.
 
-    Raises ConfigError for what is neither a path nor a whole model of transformers.
+    Raises ConfigError for what is neither a path nor a whole model of transformers, with adapters of peft or without.
     """
-    if isinstance(model, PeftModel):
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ConfigError(
-            "model: got a PeftModel; give its base model as model and its LoraConfig as peft_config, "
-            "or merge_and_unload() it first"
+            f"model: got {type(model).__name__}; give a path, a hub id, a PreTrainedModel or a PeftModel"
         )
-    if not isinstance(model, str | PreTrainedModel):
-        raise ConfigError(f"model: got {type(model).__name__}; give a path, a hub id, or a PreTrainedModel")
-    values: dict[str, Any] = {"path": model}
-    if isinstance(model, PreTrainedModel):
-        values["path"] = str(storage / "model")
+    values: dict[str, Any] = {"path": model if isinstance(model, str) else str(storage / "model")}
+    if isinstance(model, PeftModel):
+        save_base(model, storage / "model")
+        values["adapter"] = _saved_adapter(model, storage / "adapter")
+    elif isinstance(model, PreTrainedModel):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ConfigError(
+                "model: got a model into which transformers has put an adapter; give a PeftModel, such as "
+                "PeftModel.from_pretrained(base, adapter)"
+            )
         save_model(model, storage / "model")
+    if not isinstance(model, str):
         values["tokenizer"] = model.name_or_path or None
     if tokenizer is not None:
         values["tokenizer"] = str(storage / "tokenizer")
         tokenizer.save_pretrained(values["tokenizer"])
-    if isinstance(model, PreTrainedModel) and values["tokenizer"] is None:
+    if not isinstance(model, str) and values["tokenizer"] is None:
         raise ConfigError(
             "processing_class: got none, and a model made in memory names no tokenizer; give one"
         )
     return values
+
+
+def _saved_adapter(model: PeftModel, folder: Path) -> str:
+    """The folder of the adapter that is active."""
+    if len(model.active_adapters) != 1:
+        raise ConfigError(
+            f"model: got a PeftModel with the adapters {', '.join(model.active_adapters)} active; set_adapter() the "
+            "one to train"
+        )
+    (name,) = model.active_adapters
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    return str(folder if name == "default" else folder / name)  # where peft puts it
 
 
 def pairs_source(pairs: Pairs, folder: Path) -> str:

@@ -15,9 +15,17 @@ HONOURED = {
     "output_dir": "`run.storage_path`; the run is the folder `run_name` in it, prepared pairs lie in `blocks`",
     "run_name": "`run.name`; `run` when not given",
     "resume_from_checkpoint": "where `train()` goes on when it is not told otherwise",
-    "hub_model_id": "where `push_to_hub()` uploads to",
-    "hub_token": "with what `push_to_hub()` uploads",
-    "hub_private_repo": "whether what `push_to_hub()` makes is private",
+    "push_to_hub": "the driver pushes checkpoints while training goes on, and the model at the end, each with its card",
+    "hub_model_id": "where to push to; the name of `output_dir` when not given",
+    "hub_strategy": "`end` pushes the model alone; `every_save` also that of each checkpoint; `checkpoint` also the "
+    "newest checkpoint, as `last-checkpoint`; `all_checkpoints` all of them, in `checkpoints`",
+    "hub_always_push": "push a checkpoint that is saved during another push too",
+    "hub_token": "with what to push",
+    "hub_private_repo": "whether a repository that is made is private",
+    "hub_revision": "the branch to push to",
+    "push_to_hub_model_id": "as `hub_model_id`",
+    "push_to_hub_organization": "the organization of `hub_model_id`",
+    "push_to_hub_token": "as `hub_token`",
     "seed": "`run.seed`: order of the pairs, new weights, dropout",
     "data_seed": "`data.seed`: order of the pairs",
     "use_cpu": "`run.use_gpu: false`",
@@ -58,8 +66,17 @@ HONOURED = {
     "gradient_checkpointing_kwargs": "as `activation_checkpointing_kwargs`",
     "disable_dropout": "`model.disable_dropout`",
     "is_encoder_decoder": "the model knows it; refused when it says otherwise",
-    "model_init_kwargs": "`dtype`, `attn_implementation`, `revision` and `trust_remote_code` are fields of `model`; "
-    "`use_cache` has no effect; others are refused unless they are None",
+    "model_init_kwargs": "`dtype`, `attn_implementation`, `revision`, `trust_remote_code` are fields of `model`; "
+    "`quantization_config`, `load_in_4bit` and `load_in_8bit` are `model.quantization`; `device_map`, "
+    "`low_cpu_mem_usage` and `use_cache` have no effect, since workers place the model; others are `model.overrides`, "
+    "such as `output_router_logits`, and refused when the model has no such setting",
+    "neftune_noise_alpha": "`model.neftune_noise_alpha`",
+    "torch_compile": "`model.compile`; TF32 is left to `tf32`",
+    "torch_compile_backend": "`model.compile.backend`",
+    "torch_compile_mode": "`model.compile.mode`",
+    "torchdynamo": "as `torch_compile_backend`",
+    "tf32": "`model.float32_matmul_precision`: `high` allows TF32, `highest` does not",
+    "full_determinism": "`run.full_determinism`",
     "trust_remote_code": "`model.trust_remote_code`",
     "deepspeed": "dict or JSON file: stage and CPU offload are fields of `engine`, the rest is `engine.deepspeed`; "
     "`auto` stands for what is derived here anyway; values that contradict the other arguments are refused",
@@ -102,6 +119,7 @@ HONOURED = {
     "save_strategy": "`run.save_steps`, and once more at the end; `best` saves after each evaluation, and keeps the "
     "best and the newest",
     "save_steps": "`run.save_steps`; below 1, a share of all steps",
+    "save_only_model": "`run.save_only_model`",
     "save_total_limit": "`run.keep_checkpoints`, besides the best one; None keeps all",
     "load_best_model_at_end": "`run.best_metric` is `eval_loss` unless `metric_for_best_model` says otherwise",
     "metric_for_best_model": "`run.best_metric`, with `eval_` in front",
@@ -110,7 +128,6 @@ HONOURED = {
 """Field: the fields of ours that it becomes."""
 
 _SCRIPTS = "scripts read it, no trainer does"
-_HUB = "only pushes during training have a use for it, and `push_to_hub` is refused"
 _TRACKIO = "only Trackio has a use for it, which `report_to` refuses"
 _LOADER = "prepared pairs are read ahead of the step; there are no loader processes"
 _DDP = "gradients are reduced by DeepSpeed, not by torch's DistributedDataParallel"
@@ -146,7 +163,6 @@ IGNORED = {
     "eval_use_gather_object": "predictions are two numbers for each pair",
     "save_on_each_node": "checkpoints lie on storage that all nodes see",
     "torch_empty_cache_steps": "it changes no result; against fragmentation there is PYTORCH_CUDA_ALLOC_CONF",
-    **dict.fromkeys(("hub_strategy", "hub_always_push"), _HUB),
     **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
 }  # fmt: skip
 """Field: why nothing is lost without it."""
@@ -156,9 +172,10 @@ _HALF = "leave it out: half precision is torch's and DeepSpeed's"
 _APPLE = "workers run on CPUs and NVIDIA GPUs: leave it out"
 _TPU = "workers run on CPUs and NVIDIA GPUs: leave it out"
 _ACCELERATE = "leave it out: Ray Train deals the data out to the workers, not accelerate"
-_COMPILE = "leave it out: models are not compiled"
 _PREDICTIONS = "leave it out: compute_metrics gets each evaluation set as a whole"
-_LIGER = "leave it out: log-probabilities are computed in chunks already"
+_LIGER = (
+    "leave it out: its kernels need Triton and a GPU, and log-probabilities are computed in chunks already"
+)
 
 REFUSED = {
     **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap"), _FSDP),
@@ -167,22 +184,17 @@ REFUSED = {
     **dict.fromkeys(("fp16_opt_level", "half_precision_backend", "fp16_backend"), _HALF),
     "bf16_full_eval": "set bf16: evaluations have the precision of training",
     "fp16_full_eval": "set fp16: evaluations have the precision of training",
-    "tf32": "set bf16, or the environment variable NVIDIA_TF32_OVERRIDE on the nodes",
     "use_mps_device": _APPLE,
     "use_ipex": _APPLE,
     "tpu_num_cores": _TPU,
     "tpu_metrics_debug": _TPU,
     "mp_parameters": "leave it out: Ray starts the workers, not SageMaker",
-    "jit_mode_eval": _COMPILE,
-    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo"), _COMPILE),
+    "jit_mode_eval": "use torch_compile",
     "use_liger_kernel": _LIGER,
     "liger_kernel_config": _LIGER,
-    "neftune_noise_alpha": "leave it out: embeddings get no noise",
     "optim_target_modules": "use an optimizer over all parameters, or LoRA through peft_config",
     "label_smoothing_factor": "use label_smoothing, that of the preference loss",
-    "full_determinism": "leave it out: on CPUs runs repeat bit for bit anyway",
     "ignore_data_skip": "leave it out: a resumed run goes on with the pairs that come next",
-    "save_only_model": "leave it out: checkpoints can be resumed, and the model is exported by itself at the end",
     "save_safetensors": "leave it out: models are written as safetensors",
     "enable_jit_checkpoint": "use save_steps: a run that was stopped goes on after its newest checkpoint",
     "skip_memory_metrics": "leave it out: Ray's dashboard shows memory",
@@ -190,11 +202,6 @@ REFUSED = {
     "eval_do_concat_batches": _PREDICTIONS,
     "batch_eval_metrics": _PREDICTIONS,
     "past_index": "leave it out: models with a state of their own cannot be trained",
-    "push_to_hub": "call push_to_hub() of the trainer when train() is done",
-    "push_to_hub_model_id": "use hub_model_id",
-    "push_to_hub_organization": 'use hub_model_id="organization/name"',
-    "push_to_hub_token": "use hub_token",
-    "hub_revision": "give revision to push_to_hub() of the trainer",
     "ray_scope": "leave it out: there is no hyperparameter_search yet",
     "use_legacy_prediction_loop": "leave it out: there is one evaluation loop",
 }  # fmt: skip

@@ -44,6 +44,11 @@ def to_train_config(
     if is_encoder_decoder is not None and args.is_encoder_decoder not in (None, is_encoder_decoder):
         kind = "an encoder-decoder" if is_encoder_decoder else "a decoder alone"
         raise _refusal(args, "is_encoder_decoder", f"the model is {kind}; leave it out")
+    if peft_config is not None and model.get("adapter") is not None:
+        raise ConfigError(
+            "peft_config: the model is a PeftModel already; leave peft_config out to go on training its adapter, or "
+            "give what merge_and_unload() makes of it"
+        )
     lora = None if peft_config is None else _lora(peft_config, is_encoder_decoder=is_encoder_decoder)
     evaluates = _evaluates(args, data)
     return load_config(
@@ -95,24 +100,51 @@ def _model(args: Args) -> dict[str, Any]:
     given = args.model_init_kwargs or {}
     if not isinstance(given, Mapping):
         raise _refusal(args, "model_init_kwargs", "it must be a mapping, or JSON of one")
-    options = {name: value for name, value in given.items() if value is not None and name != "use_cache"}
+    options = {name: value for name, value in given.items() if value is not None and name not in _PLACEMENT}
     saved_dtype = options.pop("torch_dtype", "auto")
     dtype = str(options.pop("dtype", saved_dtype)).removeprefix("torch.")
-    unknown = options.keys() - {"attn_implementation", "revision", "trust_remote_code"}
-    if unknown:
-        raise _refusal(
-            args,
-            "model_init_kwargs",
-            f"leave out {', '.join(sorted(unknown))}; "
-            "dtype, attn_implementation, revision and trust_remote_code can be honoured",
-        )
+    quantization = _quantization(args, options)
+    own = {name: options.pop(name) for name in _OWN & options.keys()}
+    for name, value in options.items():
+        if not isinstance(value, str | int | float | list | dict):
+            raise _refusal(args, "model_init_kwargs", f"leave out {name}: {type(value).__name__} is no JSON")
     trusts = {"trust_remote_code": True} if getattr(args, "trust_remote_code", False) else {}
+    backend = args.torchdynamo or args.torch_compile_backend or "inductor"
+    is_compiled = args.torch_compile or args.torchdynamo is not None
     return {
         "dtype": "bfloat16" if args.bf16 else "float16" if args.fp16 else dtype,
         "gradient_checkpointing": bool(args.gradient_checkpointing),
         "disable_dropout": args.disable_dropout,
+        "neftune_noise_alpha": args.neftune_noise_alpha or None,
+        "float32_matmul_precision": "high" if args.tf32 else "highest",
+        "compile": {"backend": backend, "mode": args.torch_compile_mode} if is_compiled else None,
+        "quantization": quantization,
+        "overrides": options,
         **trusts,
-        **options,
+        **own,
+    }
+
+
+_PLACEMENT = {"use_cache", "device_map", "low_cpu_mem_usage"}
+"""Arguments of from_pretrained that workers have their own way with."""
+_OWN = {"attn_implementation", "revision", "trust_remote_code"}
+
+
+def _quantization(args: Args, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Takes what quantizes a model out of the arguments of from_pretrained."""
+    given = options.pop("quantization_config", None)
+    bits = {name: options.pop(name, False) for name in ("load_in_4bit", "load_in_8bit")}
+    if given is None:
+        return bits if any(bits.values()) else None
+    values = given if isinstance(given, Mapping) else given.to_dict() if hasattr(given, "to_dict") else {}
+    if str(_text(values.get("quant_method", "bitsandbytes"))) != "bitsandbytes" or not values:
+        raise _refusal(
+            args, "model_init_kwargs", "a quantization_config must be a BitsAndBytesConfig, or its fields"
+        )
+    return {
+        name: str(value).removeprefix("torch.") if name.endswith("dtype") else value
+        for name, value in values.items()
+        if value is not None and name != "quant_method" and not name.startswith("_")
     }
 
 
@@ -398,12 +430,14 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "max_steps": args.max_steps if args.max_steps > 0 else None,
         "drop_last": args.dataloader_drop_last,
         "seed": args.seed,
+        "full_determinism": args.full_determinism,
         "log_steps": _interval(_text(args.logging_strategy), args.logging_steps),
         "log_first_step": args.logging_first_step,
         "eval_steps": eval_steps,
         "eval_on_start": args.eval_on_start,
         "eval_delay": args.eval_delay or 0,
         "save_steps": eval_steps if save_strategy == "best" else _interval(save_strategy, args.save_steps),
+        "save_only_model": args.save_only_model,
         "keep_checkpoints": 1 if save_strategy == "best" else args.save_total_limit or ALL_CHECKPOINTS,
         "best_metric": _best_metric(args) if evaluates else None,
         "best_mode": None if args.greater_is_better is None else "max" if args.greater_is_better else "min",

@@ -1,7 +1,6 @@
 """Build the model that is trained: from a folder, a hub id, or an architecture; with adapters when asked for."""
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,21 +82,22 @@ def _built(config: ModelConfig) -> PretrainedConfig:
             f"{suggest(str(model_type), CONFIG_MAPPING)}"
         )
     kind = CONFIG_MAPPING[model_type]
-    _check_settings("model.from_config", options, kind())
+    known = _settings(kind())
+    for key in (
+        options.keys() - known
+    ):  # transformers keeps whatever it is given; some has a meaning, though unlisted
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise ModelError(
+                f"model.from_config: {key!r} is not a setting of {model_type}. Did you mean {near[0]}?"
+            )
     try:
         return AutoConfig.for_model(model_type, **options)
     except Exception as error:
         raise ModelError(f"model.from_config ({model_type}): {first_line(error)}") from error
 
 
-def _check_settings(field: str, settings: Mapping[str, Any], architecture: PretrainedConfig) -> None:
-    """Raises ModelError for a mistyped one; transformers keeps whatever it is given, and some of it has a meaning."""
-    known = {*architecture.to_dict(), *architecture.attribute_map}
-    for key in settings.keys() - known:
-        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise ModelError(
-                f"{field}: {key!r} is not a setting of {architecture.model_type}. Did you mean {near[0]}?"
-            )
+def _settings(architecture: PretrainedConfig) -> set[str]:
+    return {*architecture.to_dict(), *architecture.attribute_map}
 
 
 def _read(config: ModelConfig) -> PretrainedConfig:
@@ -114,7 +114,11 @@ def _read(config: ModelConfig) -> PretrainedConfig:
         )
     except Exception as error:
         raise ModelError(f"model {path}: {why_not_loaded(path, error)}") from error
-    _check_settings("model.overrides", config.overrides, architecture)
+    known = _settings(architecture)
+    for key in config.overrides.keys() - known:
+        raise ModelError(
+            f"model.overrides: {key!r} is not a setting of {path} ({architecture.model_type}).{suggest(key, known)}"
+        )
     try:
         architecture.update(config.overrides)
     except Exception as error:  # what the config's own validation raises

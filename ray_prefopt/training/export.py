@@ -17,15 +17,15 @@ from ray_prefopt.model.adapters import merged
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.card import NO_DETAILS, CardDetails, model_card
-from ray_prefopt.training.checkpoint import Checkpoint, find_checkpoint, local_copy
+from ray_prefopt.training.checkpoint import WEIGHTS, Checkpoint, find_checkpoint, local_copy
 
 
 def export(source: str, out: str, *, merge: bool = False, details: CardDetails = NO_DETAILS) -> str:
     """Write the model in a checkpoint, or in the newest checkpoint of a run, as a Hugging Face folder; returns `out`.
 
     With an adapter that is the adapter, or with `merge` the whole model, no longer quantized; README.md is its model
-    card, to which `details` may add. Raises CheckpointError for a source that holds no whole checkpoint, ConfigError for `merge` without an adapter
-    or an `out` that holds something else.
+    card, to which `details` may add. Raises CheckpointError for a source that holds no whole checkpoint, ConfigError
+    for `merge` without an adapter or an `out` that holds something else.
     """
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
@@ -83,6 +83,8 @@ def metrics_at(checkpoint: Checkpoint) -> dict[str, float]:
 
 def checkpoint_weights(config: TrainConfig, folder: Path) -> dict[str, Tensor]:
     """The trained weights in a checkpoint's folder, whole, by the names of the model."""
+    if (folder / WEIGHTS).exists():
+        return load_file(folder / WEIGHTS)
     if config.engine.kind == "plain":
         return load_file(folder / "model.safetensors")
     return full_weights(folder)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config
 from peft import LoraConfig as PeftLoraConfig
+from transformers import BitsAndBytesConfig, GPT2Config
 
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.translate import PEFT_DEFAULTS, to_train_config
-from ray_prefopt.config import LoraConfig, TrainConfig
+from ray_prefopt.config import CompileConfig, LoraConfig, TrainConfig
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.training.loop import Meter
 
@@ -128,11 +130,28 @@ CASES: dict[str, list[Case]] = {
         (CPO, {"model_init_kwargs": '{"revision": "v2", "use_cache": false}'}, "model.revision", "v2"),
         (
             CPO,
-            {"model_init_kwargs": {"trust_remote_code": True, "device_map": None}},
+            {"model_init_kwargs": {"trust_remote_code": True, "cache_dir": None}},
             "model.trust_remote_code",
             True,
         ),
+        (
+            CPO,
+            {"model_init_kwargs": {"output_router_logits": True, "device_map": "auto"}},
+            "model.overrides",
+            {"output_router_logits": True},
+        ),
     ],
+    "neftune_noise_alpha": [(CPO, {"neftune_noise_alpha": 5}, "model.neftune_noise_alpha", 5.0)],
+    "torch_compile": [(SIMPO, {"torch_compile": True}, "model.compile", CompileConfig())],
+    "torch_compile_backend": [
+        (CPO, {"torch_compile_backend": "aot_eager"}, "model.compile", CompileConfig(backend="aot_eager"))
+    ],
+    "torch_compile_mode": [
+        (CPO, {"torch_compile_mode": "max-autotune"}, "model.compile", CompileConfig(mode="max-autotune"))
+    ],
+    "torchdynamo": [(SIMPO, {"torchdynamo": "eager"}, "model.compile", CompileConfig(backend="eager"))],
+    "tf32": [(CPO, {"tf32": True}, "model.float32_matmul_precision", "high")],
+    "full_determinism": [(CPO, {"full_determinism": True}, "run.full_determinism", True)],
     "trust_remote_code": [(CPO, {"trust_remote_code": True}, "model.trust_remote_code", True)],
     "deepspeed": [(CPO, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "engine.zero_stage", 3)],
     # lengths
@@ -237,6 +256,7 @@ CASES: dict[str, list[Case]] = {
         (CPO, {"save_steps": 50}, "run.save_steps", 50),
         (CPO, {"save_steps": 0.5}, "run.save_steps", 0.5),
     ],
+    "save_only_model": [(CPO, {"save_only_model": True}, "run.save_only_model", True)],
     "save_total_limit": [(CPO, {"save_total_limit": 3}, "run.keep_checkpoints", 3)],
     "load_best_model_at_end": [
         (
@@ -433,9 +453,16 @@ def misspelled(name: str, value: Any) -> CPOConfig:
             "CPOConfig.fp16 cannot be honoured; got True: bf16 is set too, leave one of them out",
         ),
         (
-            CPOConfig(model_init_kwargs={"device_map": "auto", "quantization_config": {}}),
-            "leave out device_map, quantization_config; dtype, attn_implementation, revision and trust_remote_code "
-            "can be honoured",
+            CPOConfig(model_init_kwargs={"config": GPT2Config()}),
+            "leave out config: GPT2Config is no JSON",
+        ),
+        (
+            CPOConfig(model_init_kwargs={"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+            "a quantization_config must be a BitsAndBytesConfig, or its fields",
+        ),
+        (
+            CPOConfig(model_init_kwargs={"load_in_4bit": True}),
+            "quantization freezes the weights: set lora or adapter, or there is nothing to train",
         ),
         (
             CPOConfig(model_init_kwargs="options.json"),
@@ -486,7 +513,7 @@ def misspelled(name: str, value: Any) -> CPOConfig:
         ),
         (CPOConfig(beta=0.0, loss_type="simpo"), "loss.beta must be > 0; got 0.0"),
         (CPOConfig(run_name="../b"), "run.name must be a folder name of letters, digits, '.', '_' and '-'"),
-        (CPOConfig(neftune_noise_alpha=5), "CPOConfig.neftune_noise_alpha cannot be honoured; got 5"),
+        (CPOConfig(use_liger_kernel=True), "CPOConfig.use_liger_kernel cannot be honoured; got True"),
     ],
 )
 def test_values_that_cannot_be_honoured(args: CPOConfig | SimPOConfig, sentence: str) -> None:
@@ -696,6 +723,46 @@ def test_a_model_is_what_it_is() -> None:
         assert lora == LoraConfig(r=8, lora_alpha=8, target_modules=None)
     assert refusal(CPOConfig(), peft_config={"task_type": "CAUSAL_LM"}, is_encoder_decoder=True).startswith(
         "peft_config: task_type cannot be honoured; got ['CAUSAL_LM']: leave it out; "
+    )
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": 0}},
+        {"quantization_config": BitsAndBytesConfig(**NF4).to_dict()},
+    ],
+)
+def test_a_quantized_base(given: dict[str, Any]) -> None:
+    quantization = translated(CPOConfig(model_init_kwargs=given), peft_config={"r": 4}).model.quantization
+    assert quantization is not None
+    assert BitsAndBytesConfig(**quantization).to_dict() == BitsAndBytesConfig(**NF4).to_dict()
+    assert json.loads(json.dumps(quantization)) == quantization
+
+
+def test_a_quantized_base_by_its_older_names() -> None:
+    config = translated(CPOConfig(model_init_kwargs={"load_in_8bit": True}), peft_config={"r": 4})
+    assert config.model.quantization == {"load_in_4bit": False, "load_in_8bit": True}
+    unset = translated(CPOConfig(model_init_kwargs={"load_in_8bit": False, "load_in_4bit": False}))
+    assert unset.model.quantization is None
+
+
+def test_a_new_adapter_on_a_model_that_has_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        to_train_config(
+            CPOConfig(),
+            model={"path": "base", "adapter": "adapter"},
+            data=EVAL,
+            num_workers=1,
+            use_gpu=False,
+            peft_config=PeftLoraConfig(),
+        )
+    assert str(caught.value) == (
+        "peft_config: the model is a PeftModel already; leave peft_config out to go on training its adapter, or give "
+        "what merge_and_unload() makes of it"
     )
 
 
