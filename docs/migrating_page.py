@@ -62,8 +62,9 @@ where workers read it.
 | `optimizers` | the optimizer is made again over the weights of the same names, the schedule with it; it must be new, and made over the `model` that is given. |
 
 `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, `create_model_card`, `add_callback`, `pop_callback`,
-`remove_callback`, `log`, `state.log_history`, `tokenize_row`, `get_batch_logps`, `concatenated_forward`,
-`get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL. After `train()`, `trainer.model` holds the
+`remove_callback`, `log`, `log_metrics`, `save_metrics`, `save_state`, `state.log_history`, `tokenize_row`,
+`get_batch_logps`, `concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL.
+After `train()`, `trainer.model` holds the
 trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
 to go on."""
 

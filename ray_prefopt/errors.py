@@ -47,6 +47,12 @@ class CheckpointError(PrefoptError):
     exit_code = 4
 
 
+class HubError(PrefoptError):
+    """The Hugging Face Hub cannot be reached, or does not take what is pushed to it."""
+
+    exit_code = 4
+
+
 class NonFiniteError(PrefoptError):
     """A loss or gradient is NaN or infinite; raised before the optimizer moves."""
 

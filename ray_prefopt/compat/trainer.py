@@ -43,15 +43,21 @@ from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
 from ray_prefopt.data.prepare import length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
 from ray_prefopt.engine.optimizer import OwnOptimizer
-from ray_prefopt.errors import ConfigError, DataError
+from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses, pair_rewards
 from ray_prefopt.model.forward import keeps_logits, pair_logps
-from ray_prefopt.model.load import decoder_start_id, load_architecture, model_class
+from ray_prefopt.model.load import (
+    compute_dtype,
+    decoder_start_id,
+    load_architecture,
+    load_model,
+    model_class,
+)
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.card import CardDetails, model_card
-from ray_prefopt.training.checkpoint import latest_checkpoint
-from ray_prefopt.training.export import export
+from ray_prefopt.training.checkpoint import latest_checkpoint, open_checkpoint
+from ray_prefopt.training.export import export, metrics_at
 from ray_prefopt.training.hooks import ComputeMetrics, Hooks
 from ray_prefopt.training.metrics import means
 from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, train
@@ -160,6 +166,7 @@ class CPOTrainer:
             epoch=result.metrics["epoch"],
             global_step=result.steps,
             max_steps=result.steps,
+            num_input_tokens_seen=int(result.metrics["num_input_tokens_seen"]),
             log_history=records,
             best_model_checkpoint=result.best_checkpoint,
             **_best(records, self._config.run),
@@ -243,7 +250,8 @@ class CPOTrainer:
         """Write the model, trained or as it was given, and its tokenizer as a Hugging Face folder."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        source = self._exported() if self._result is not None else str(self._config.model.path)
+        given = self._config.model.adapter or self._config.model.path
+        source = self._exported() if self._result is not None else str(given)
         if not Path(source).is_dir():
             raise ConfigError(
                 f"save_model: {source} is on the Hub and was not trained; there is nothing to save"
@@ -272,7 +280,12 @@ class CPOTrainer:
         folder = self._inputs / "upload"
         self.save_model(str(folder))
         self._write_card(folder, **card)
-        return repository.upload(folder, commit_message, blocking=blocking)
+        try:
+            return repository.upload(folder, commit_message, blocking=blocking)
+        except HubError as error:
+            raise HubError(
+                f"{error}. The model and its card lie in {folder}; call push_to_hub() again"
+            ) from error
 
     def create_model_card(
         self,
@@ -290,10 +303,11 @@ class CPOTrainer:
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
+        checkpoint = open_checkpoint(self._checkpoint, verify="sizes") if self._result else None
         card = model_card(
             _changed(self._config, data={"train": self._train if isinstance(self._train, str) else []}),
-            steps=self._result.steps if self._result else 0,
-            metrics=self._result.metrics if self._result else {},
+            steps=checkpoint.state.step if checkpoint else 0,
+            metrics=metrics_at(checkpoint) if checkpoint else {},
             is_adapter=self._config.model.has_adapter,
             details=self._card_details(model_name, dataset_name, tags),
         )
@@ -351,22 +365,23 @@ class CPOTrainer:
 
     def _take_weights(self) -> None:
         """Put the trained weights into `model`, or load it where a path was given."""
-        folder = self._exported()
-        kind = model_class(load_architecture(self._config.model))
+        folder, config = self._exported(), self._config.model
+        architecture = load_architecture(config)
         if isinstance(self.model, PeftModel):
-            set_peft_model_state_dict(self.model, load_peft_weights(folder))
-        elif Path(folder, "adapter_config.json").exists():
-            base = self.model
-            if not isinstance(base, PreTrainedModel):
-                base = kind.from_pretrained(
-                    self._config.model.path, trust_remote_code=self._config.model.trust_remote_code
-                )
-            self.model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+            (name,) = self.model.active_adapters
+            set_peft_model_state_dict(self.model, load_peft_weights(folder), adapter_name=name)
+        elif isinstance(self.model, PreTrainedModel) and config.has_adapter:
+            self.model = PeftModel.from_pretrained(self.model, folder, is_trainable=True)
+        elif config.has_adapter:
+            ends = {"lora": None, "adapter": folder, "neftune_noise_alpha": None, "compile": None}
+            dtype = compute_dtype(config, architecture)
+            self.model = load_model(config.model_copy(update=ends), dtype=dtype, seed=self._config.run.seed)
         elif isinstance(self.model, PreTrainedModel):
             for file in Path(folder).glob("*.safetensors"):
                 self.model.load_state_dict(load_file(file), strict=False)
         else:
-            self.model = kind.from_pretrained(folder, trust_remote_code=self._config.model.trust_remote_code)
+            kind = model_class(architecture)
+            self.model = kind.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
     # --- Arithmetic, on tensors of the caller's ---
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -49,29 +50,36 @@ RESULTS = ("loss", "nll_loss", "rewards/accuracies", "rewards/margins", "rewards
 PACKAGES = ("transformers", "torch", "ray", "deepspeed", "peft")
 
 
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card says that its config does not know, or knows less well."""
+
+    name: str | None = None
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+NO_DETAILS = CardDetails()
+
+
 def model_card(
     config: TrainConfig,
     *,
     steps: int,
     metrics: Mapping[str, float],
     is_adapter: bool,
-    name: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
-    tags: Sequence[str] = (),
+    details: CardDetails = NO_DETAILS,
 ) -> ModelCard:
-    """The card of a model after so many steps of the run that the config describes.
-
-    `name`, `base_model` and `datasets` take the place of what the config says of them; local paths are never named.
-    """
-    base_model = base_model or _hub_model(config.model.path)
-    datasets = list(datasets) or _hub_datasets(source.path for source in config.data.train_sources)
+    """The card of a model after so many steps of the run that the config describes; local paths are not named in it."""
+    base_model = hub_model(details.base_model) or hub_model(config.model.path)
+    datasets = list(details.datasets) or _hub_datasets(source.path for source in config.data.train_sources)
     methods = [*METHODS[config.loss.kind], *(["AlphaPO"] if getattr(config.loss, "alpha", 0.0) else [])]
     data = ModelCardData(
         base_model=base_model,
         datasets=datasets or None,
         library_name="peft" if is_adapter else "transformers",
-        tags=list(dict.fromkeys(["ray_prefopt", config.loss.kind, "preference-optimization", *tags])),
+        tags=list(dict.fromkeys(["ray_prefopt", config.loss.kind, "preference-optimization", *details.tags])),
     )
     what = " for ".join(
         [*(["A LoRA adapter"] if is_adapter else []), _link(base_model) if base_model else "a model"]
@@ -80,7 +88,7 @@ def model_card(
     papers = _enumerated([f"[{method}](https://arxiv.org/abs/{PAPERS[method][0]})" for method in methods])
     parts = [
         f"---\n{data.to_yaml().strip()}\n---",
-        f"# {name or config.run.name or config.loss.kind}",
+        f"# {details.name or config.run.name or config.loss.kind}",
         f"{what[0].upper()}{what[1:]}, fine-tuned on {pairs} with {papers} by ray_prefopt, in {steps} steps of "
         f"{config.run.global_batch} pairs.",
         f"## Settings\n\n{_table(_settings(config))}",
@@ -91,10 +99,10 @@ def model_card(
     return ModelCard("\n\n".join(parts) + "\n")
 
 
-def _hub_model(path: str | None) -> str | None:
+def hub_model(path: str | None) -> str | None:
     """The path, if it is that of a model on the Hub.
 
-    >>> _hub_model("org/model-1.5B"), _hub_model("/data/model")
+    >>> hub_model("org/model-1.5B"), hub_model("/data/model")
     ('org/model-1.5B', None)
     """
     return path if path and MODEL_ID.fullmatch(path) and not os.path.exists(path) else None

@@ -258,32 +258,3 @@ def test_an_untrained_model_is_saved_as_it_is(tmp_path: Path) -> None:
     assert all(
         torch.equal(weight, saved.state_dict()[name]) for name, weight in tiny_model().state_dict().items()
     )
-
-
-def test_push_to_hub_uploads_what_save_model_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: dict[str, Any] = {}
-
-    class Hub:
-        def __init__(self, token: str | None) -> None:
-            calls["token"] = token
-
-        def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> Any:
-            calls["created"] = (name, private, exist_ok)
-            return type("Repository", (), {"repo_id": f"me/{name}"})
-
-        def upload_folder(self, *, folder_path: Path, **given: Any) -> str:
-            calls["uploaded"] = given
-            calls["files"] = {path.name for path in folder_path.iterdir()}
-            return "commit"
-
-    monkeypatch.setattr("ray_prefopt.compat.trainer.HfApi", Hub)
-    assert small(tmp_path).push_to_hub("done", token="secret", revision="main") == "commit"
-    assert calls["token"] == "secret"
-    assert calls["created"] == ("out", None, True)
-    assert calls["uploaded"] == {
-        "repo_id": "me/out",
-        "commit_message": "done",
-        "revision": "main",
-        "run_as_future": False,
-    }
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= calls["files"]

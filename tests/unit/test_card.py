@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.training.card import METHODS, model_card
+from ray_prefopt.training.card import METHODS, CardDetails, model_card
 from ray_prefopt.training.export import export
 from tests.tiny import save_tiny_model
 from tests.unit.test_export import trained
@@ -128,13 +128,15 @@ def test_what_lies_on_this_machine_is_not_named(tmp_path: Path) -> None:
 def test_what_is_known_better_takes_its_place() -> None:
     card = card_of(
         config_of(data={"train": ["org/pairs:train", "other/pairs"]}),
-        name="mine", base_model="org/other", tags=["chat", "simpo"], metrics={},
-    )  # fmt: skip
+        details=CardDetails("mine", "org/other", tags=("chat", "simpo")),
+        metrics={},
+    )
     assert (card.data.base_model, card.data.datasets) == ("org/other", ["org/pairs", "other/pairs"])
     assert card.data.tags == ["ray_prefopt", "simpo", "preference-optimization", "chat"]
     assert card.text.startswith("\n# mine\n")
     assert "## Results" not in card.text
-    assert card_of(config_of(), datasets=["some/set"]).data.datasets == ["some/set"]
+    named = card_of(config_of(), details=CardDetails(base_model="/data/base", datasets=("some/set",)))
+    assert (named.data.base_model, named.data.datasets) == ("org/model-1.5B", ["some/set"])
 
 
 def test_an_adapter_is_one(tmp_path: Path) -> None:

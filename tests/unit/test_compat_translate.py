@@ -290,7 +290,8 @@ CASES: dict[str, list[Case]] = {
 WITH_THE_TRAINER = {
     "resume_from_checkpoint", "hub_model_id", "hub_token", "hub_private_repo", "include_for_metrics",
     "include_inputs_for_metrics", "prediction_loss_only", "restore_callback_states_from_checkpoint",
-    "is_encoder_decoder",
+    "is_encoder_decoder", "push_to_hub", "hub_strategy", "hub_always_push", "hub_revision", "push_to_hub_model_id",
+    "push_to_hub_organization", "push_to_hub_token",
 }  # fmt: skip
 """Honoured by methods of the trainer, and proved in its tests."""
 
