@@ -56,9 +56,9 @@ class Callbacks:
             )
             self.control = self.control if wished is None else wished
 
-    def at(self, step: int, epoch: float) -> None:
+    def at(self, step: int, epoch: float, tokens_seen: int) -> None:
         """A step is done."""
-        self.state.global_step, self.state.epoch = step, epoch
+        self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens_seen
 
     def expect(self, *, log: bool, evaluate: bool, save: bool) -> None:
         """What the config has for this step; callbacks may change it."""

@@ -167,7 +167,7 @@ class _Training:
         self._meter.add(len(ids), int(self._blocks.total_lengths[ids].sum()))
 
         due = self._due
-        callbacks.at(step, plan.epoch_at(step))
+        callbacks.at(step, plan.epoch_at(step), self._meter.tokens_seen)
         callbacks.expect(log=due.log(step), evaluate=due.evaluate(step), save=due.save(step))
         callbacks.call("on_step_end")
         if step % plan.steps_per_epoch == 0:
@@ -427,12 +427,12 @@ class Meter:
 
     def __init__(self, tokens_seen: int = 0) -> None:
         self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
-        self._tokens_seen = tokens_seen
+        self.tokens_seen = tokens_seen
 
     def add(self, pairs: int, tokens: int) -> None:
         self._pairs += pairs
         self._tokens += tokens
-        self._tokens_seen += tokens
+        self.tokens_seen += tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -448,7 +448,7 @@ class Meter:
             "pairs_per_second": self._pairs / elapsed,
             "tokens_per_second": self._tokens / elapsed,
             "data_wait": (wait_s - self._waited) / elapsed,
-            "num_input_tokens_seen": self._tokens_seen,
+            "num_input_tokens_seen": self.tokens_seen,
         }
         self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, wait_s
         return record

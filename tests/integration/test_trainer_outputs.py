@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from ray_prefopt import CPOConfig, CPOTrainer
 from ray_prefopt.errors import HubError
@@ -34,6 +35,16 @@ class Pushed:
         return found
 
 
+class Counting(TrainerCallback):
+    """Keeps what is known of tokens after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(state.num_input_tokens_seen)
+
+
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[Pushed]:
     folder = tmp_path_factory.mktemp("tiny-cpo")
@@ -53,7 +64,9 @@ def pushed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterato
     )
     with local_hub() as hub:
         model = save_tiny_model(tmp_path_factory.mktemp("model"))
-        trainer = CPOTrainer(model, args, train_dataset=chats(8), eval_dataset=chats(3, start=100))
+        trainer = CPOTrainer(
+            model, args, train_dataset=chats(8), eval_dataset=chats(3, start=100), callbacks=[Counting]
+        )
         output = trainer.train()
         yield Pushed(trainer, hub, folder, output.metrics)
 
@@ -182,7 +195,8 @@ def test_tokens_are_counted(pushed: Pushed) -> None:
     counted = [record["num_input_tokens_seen"] for record in pushed.trainer.state.log_history]
     rows = [pushed.trainer.tokenize_row(row) for row in chats(8)]
     total = sum(len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in rows)
-    assert counted == sorted(counted)
+    (callback,) = pushed.trainer.callbacks
+    assert counted == sorted(counted) == callback.seen
     assert counted[-1] == pushed.trainer.state.num_input_tokens_seen == total
 
 
