@@ -13,6 +13,7 @@ from ray_prefopt.errors import ModelError
 from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded, without_bars
 
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def attach_lora(model: Any, lora: LoraConfig, *, seed: int) -> nn.Module:
@@ -39,6 +40,8 @@ def read_adapter(path: str) -> PeftLoraConfig:
     if type(options) is not PeftLoraConfig:
         kind = getattr(options.peft_type, "value", options.peft_type)
         raise ModelError(f"model.adapter {path}: it is of the kind {kind}; LORA alone can be trained")
+    if Path(path).is_dir() and not any(Path(path, name).exists() for name in ADAPTER_WEIGHTS):
+        raise ModelError(f"model.adapter {path}: its weights are missing ({' or '.join(ADAPTER_WEIGHTS)})")
     return options
 
 
