@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -115,6 +115,25 @@ def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -
             f"optim.schedule: {optim.schedule} follows a metric; use one of steps, such as cosine"
         )
     return schedule
+
+
+def peak_rates(schedule: Any) -> list[float]:
+    """The learning rates that a schedule scales, one per group of weights; none where it has no such thing."""
+    return [float(rate) for rate in getattr(schedule, "base_lrs", ())]
+
+
+def set_peak_rates(optimizer: Optimizer, schedule: Any, rates: Sequence[float]) -> None:
+    """Give a schedule that was loaded from a checkpoint these rates instead of the checkpoint's; its step stays.
+
+    The same rates change nothing, to the bit.
+    """
+    for index, (group, old, new) in enumerate(
+        zip(optimizer.param_groups, peak_rates(schedule), rates, strict=False)
+    ):
+        if new != old:
+            group["initial_lr"] = schedule.base_lrs[index] = new
+            group["lr"] *= new / old
+            schedule._last_lr[index] = group["lr"]
 
 
 @dataclass(frozen=True)
