@@ -87,7 +87,7 @@ def by_parameter(found: Findings, measured: Sequence[Group]) -> Entry:
         for value in sorted(values):
             figure.add_vline(x=value, line={"color": CHOSEN, "dash": "dot", "width": 1}, **place)
         kind = "log" if found.space.dimensions[name].loguniform else None
-        figure.update_xaxes(title=name, type=kind, **place)
+        figure.update_xaxes(title=name, type=kind, exponentformat="e", **place)
     figure.update_yaxes(title=found.metric, col=1)
     note = "One mark per point, by how its trials ended."
     note += " Dotted: published values." if found.space.recipes else ""
@@ -239,7 +239,10 @@ def importance(found: Findings) -> dict[str, float]:
     values = [group.mean(found.metric) for group in finished]
     if len(finished) < ENOUGH or len(names) < 2 or len(set(values)) < 2:
         return {}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
+    optuna.logging.set_verbosity(verbosity)
     kinds = {name: _distribution(found.space.dimensions[name]) for name in names}
     for group, value in zip(finished, values, strict=True):
         params = {name: label(group.point[name]) for name in names}

@@ -67,7 +67,7 @@ def page(found: Findings) -> str:
         body.append(f"<pre>{html.escape(command(found))}</pre>")
     for heading, note, figure in all_figures(found):
         drawn = figure.to_html(
-            full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+            full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
         )
         body += [f"<h2>{heading}</h2>", f'<p class="note">{note}</p>', drawn]
     body += ["<h2>Trials</h2>", '<p class="note">Click a heading to sort.</p>', _table(found)]
