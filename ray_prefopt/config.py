@@ -414,6 +414,8 @@ class RunConfig(Config):
     """Most tokens of a sampled completion."""
     save_steps: Interval | None = None
     """Optimizer steps between checkpoints, a share of all steps, or `epoch`; when not given, one at the end."""
+    save_only_model: bool = False
+    """Checkpoints hold the weights alone, a quarter of the size or less: to export and evaluate, not to resume."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that are kept, besides the best one."""
     report_to: list[Text] = Field(default_factory=list)

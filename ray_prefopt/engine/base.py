@@ -36,5 +36,8 @@ class Engine(Protocol):
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer and schedule; called by all ranks."""
 
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights, whole and in fp32, on rank 0; nothing on the others. Called by all ranks."""
+
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; called by all ranks. Raises CheckpointError."""

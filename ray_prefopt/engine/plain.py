@@ -11,7 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ray_prefopt.config import OptimConfig
-from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for
+from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
 
@@ -79,7 +79,14 @@ class PlainEngine:
         }
         torch.save(states, folder / "engine.pt")
 
+    def weights(self) -> dict[str, Tensor]:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        named = self.module.named_parameters()
+        return {name: weight.detach().cpu() for name, weight in named if weight.requires_grad}
+
     def load(self, folder: Path) -> None:
+        own_rates = peak_rates(self.schedule)
         try:
             load_model(self.module, str(folder / "model.safetensors"))
             states = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
@@ -88,3 +95,4 @@ class PlainEngine:
             self._scaler.load_state_dict(states["scaler"])
         except Exception as error:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from error
+        set_peak_rates(self.optimizer, self.schedule, own_rates)

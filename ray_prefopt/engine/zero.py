@@ -20,6 +20,7 @@ from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from ray_prefopt.config import OptimConfig
-from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for
+from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
 TAG = "engine"
@@ -106,7 +107,8 @@ class ZeroEngine:
             autocast["enabled"] and autocast["dtype"] == "float16"
         )
         self._unsharded_norm = math.nan
-        if ds_config["zero_optimization"]["stage"] == 0:
+        self._is_sharded = ds_config["zero_optimization"]["stage"] > 0
+        if not self._is_sharded:
             optimizer.register_step_pre_hook(self._clip_unsharded(optim.max_grad_norm))
         self._has_frozen = any(not weight.requires_grad for weight in module.parameters())
 
@@ -151,10 +153,20 @@ class ZeroEngine:
         if self._writer.failure is not None:
             raise self._writer.failure
 
+    def weights(self) -> dict[str, Tensor]:
+        found = {}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad:
+                whole = safe_get_full_fp32_param(weight) if self._is_sharded else weight.detach()
+                if dist.get_rank() == 0:
+                    found[name] = whole.float().cpu()
+        return found
+
     def load(self, folder: Path) -> None:
         if not (folder / TAG).is_dir():
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
         own_options = [dict(group) for group in self._inner_optimizer.param_groups]
+        own_rates = peak_rates(self.schedule)
         try:
             path, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
@@ -166,6 +178,7 @@ class ZeroEngine:
         assert path is not None  # DeepSpeed only warns when there is nothing, and would train from step 0
         if self._engine.load_universal_checkpoint():
             self._mend_universal(own_options)
+        set_peak_rates(self._inner_optimizer, self.schedule, own_rates)
 
     def _mend_universal(self, own_options: list[dict[str, Any]]) -> None:
         """Stage 3 loads one step counter for all weights to count up, and the first group's options into all groups."""

@@ -26,6 +26,8 @@ from ray_prefopt.errors import CheckpointError
 from ray_prefopt.training import ranks
 
 MANIFEST = "MANIFEST.json"
+WEIGHTS = "weights.safetensors"
+"""In a checkpoint of run.save_only_model: all that there is of the engine."""
 FOLDER = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
 FORMAT_VERSION = 1
 FileEntry = tuple[str, int, str]
@@ -58,6 +60,19 @@ class Checkpoint:
     state: LoopState
     world_size: int
     files: tuple[FileEntry, ...]
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether it holds more than weights."""
+        return all(name != WEIGHTS for name, _, _ in self.files)
+
+    def check_resumable(self) -> None:
+        """Raises CheckpointError when training cannot go on from it."""
+        if not self.is_resumable:
+            raise CheckpointError(
+                f"{self.path} holds weights alone (run.save_only_model): training cannot go on from it. Export it and "
+                "set model.path to begin from its weights, or set run.force_new to begin anew"
+            )
 
     @property
     def num_bytes(self) -> int:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from fsspec.core import url_to_fs
+from safetensors.torch import save_file
 from transformers import TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
@@ -35,6 +37,7 @@ from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
 from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
 from ray_prefopt.training.checkpoint import (
+    WEIGHTS,
     Checkpoint,
     LoopState,
     better,
@@ -218,7 +221,11 @@ class _Training:
             extra[STATE_FILE] = self._callbacks.text()
         try:
             saved = save_checkpoint(
-                self._engine.save, state, self._job.checkpoints, extra=extra, retained=run.keep_checkpoints
+                partial(_save_weights, self._engine) if run.save_only_model else self._engine.save,
+                state,
+                self._job.checkpoints,
+                extra=extra,
+                retained=run.keep_checkpoints,
             )
         except CheckpointError as error:
             if run.on_save_error == "stop" or state.stopped or state.step == self._plan.total_steps:
@@ -229,6 +236,12 @@ class _Training:
         if state.best_step == state.step:
             self._callbacks.state.best_model_checkpoint = saved.path
         self._callbacks.call("on_save")
+
+
+def _save_weights(engine: Engine, folder: Path) -> None:
+    weights = engine.weights()
+    if ranks.rank() == 0:
+        save_file(weights, folder / WEIGHTS)
 
 
 def _callbacks(
@@ -468,6 +481,8 @@ def _starting_point(job: Job) -> Checkpoint | None:
             found = latest_checkpoint(job.checkpoints, on_bad=run.on_bad_checkpoint)
             if found is None and run.resume_from is not None:
                 found = open_checkpoint(run.resume_from)
+            if found is not None:
+                found.check_resumable()
         except CheckpointError as error:
             found = error
     found = ranks.broadcast(found)

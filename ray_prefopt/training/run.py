@@ -25,6 +25,7 @@ from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architec
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
+    Checkpoint,
     LoopState,
     checkpoint_at,
     find_checkpoint,
@@ -48,9 +49,9 @@ NO_HOOKS = Hooks()
 MAY_CHANGE = {
     "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "accelerator_type", "placement_strategy",
     "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
-    "eval_samples", "eval_sample_tokens", "save_steps", "keep_checkpoints", "best_metric", "best_mode", "max_failures",
-    "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export", "resource_timeout_s",
-    "storage_path", "report_to", "auto_find_batch_size",
+    "eval_samples", "eval_sample_tokens", "save_steps", "save_only_model", "keep_checkpoints", "best_metric",
+    "best_mode", "max_failures", "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export",
+    "resource_timeout_s", "storage_path", "report_to", "auto_find_batch_size",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
@@ -110,8 +111,11 @@ def train(
     _claim(config, folder)
     job = _job(config, folder, hooks, train_blocks=train_blocks)
     log = start_log(config, folder)
-    state = _state_on_disk(job)
+    newest = _newest(job)
+    state = newest.state if newest else LoopState()
     if state.step < total_steps and not state.stopped:
+        if newest is not None:
+            newest.check_resumable()
         with Display(log, total_steps, observer), closing_log(log):
             job = _train_within_memory(job, log)
         _give_back(hooks, log)
@@ -205,6 +209,15 @@ def _of_checkpoint(config: TrainConfig) -> TrainConfig:
     saved = TrainConfig.model_validate_json(fs.cat_file(f"{folder}/config.json"))
     parts = {"model": saved.model, "engine": saved.engine}
     parts |= {} if "loss" in config.model_fields_set else {"loss": saved.loss}
+    if not checkpoint.is_resumable:
+        name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+        exported = export(checkpoint.path, f"{config.run.storage_path}/evaluations/models/{name}")
+        given = (
+            {"lora": None, "adapter": exported}
+            if saved.model.has_adapter
+            else {"path": exported, "from_config": None}
+        )
+        return config.model_copy(update={**parts, "model": saved.model.model_copy(update=given)})
     run = config.run.model_copy(update={"resume_from": checkpoint.path})
     return config.model_copy(update={**parts, "run": run})
 
@@ -322,7 +335,7 @@ def _check_start(config: TrainConfig, folder: str) -> None:
             f"run.resume_from {run.resume_from} is in the folder that run.force_new moves aside: "
             "copy it elsewhere first, or leave out one of the two"
         )
-    open_checkpoint(run.resume_from, verify="sizes")
+    open_checkpoint(run.resume_from, verify="sizes").check_resumable()
 
 
 def _refuse_other_config(config: TrainConfig, folder: str) -> None:
@@ -417,10 +430,9 @@ def _prepare(config: TrainConfig, sources: Sequence[Source]) -> Blocks:
     return prepare(config.data, config.model, sources, config.run.storage_path)
 
 
-def _state_on_disk(job: Job) -> LoopState:
-    """How far the run is, by its newest checkpoint; refuses a torn one before workers are asked for."""
-    checkpoint = latest_checkpoint(job.checkpoints, on_bad=job.config.run.on_bad_checkpoint, verify="sizes")
-    return checkpoint.state if checkpoint else LoopState()
+def _newest(job: Job) -> Checkpoint | None:
+    """The newest checkpoint of the run; refuses a torn one before workers are asked for."""
+    return latest_checkpoint(job.checkpoints, on_bad=job.config.run.on_bad_checkpoint, verify="sizes")
 
 
 def _finished(folder: str, *, export: bool) -> TrainResult | None:
@@ -436,7 +448,7 @@ def _finished(folder: str, *, export: bool) -> TrainResult | None:
 def _finish(job: Job, records: Sequence[Record]) -> TrainResult:
     """Export the last checkpoint and write result.json."""
     run = job.config.run
-    checkpoint = latest_checkpoint(job.checkpoints, on_bad=run.on_bad_checkpoint, verify="sizes")
+    checkpoint = _newest(job)
     assert checkpoint is not None
     best_step = checkpoint.state.best_step
     best = checkpoint_at(job.checkpoints, best_step) if best_step is not None else None

@@ -1,0 +1,68 @@
+"""Checkpoints of run.save_only_model: the same weights, nothing else, and no way back into training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_prefopt.errors import CheckpointError
+from ray_prefopt.training.checkpoint import WEIGHTS, latest_checkpoint
+from ray_prefopt.training.export import export
+from ray_prefopt.training.run import _of_checkpoint
+from tests.invariant.training import Inputs, curves, run, stop_at
+
+ENGINES = {
+    "plain": ("plain", "float32", False),
+    "zero0": ("zero0", "float32", False),
+    "zero1": ("zero1", "bfloat16", False),
+    "zero2": ("zero2", "bfloat16", False),
+    "zero3": ("zero3", "bfloat16", False),
+    "zero2 LoRA": ("zero2", "float32", True),
+    "zero3 LoRA": ("zero3", "float32", True),
+}
+
+
+def test_the_weights_are_those_of_a_whole_checkpoint(inputs: Inputs, tmp_path: Path) -> None:
+    jobs = {}
+    for name, (engine, dtype, lora) in ENGINES.items():
+        for alone in (False, True):
+            config = inputs.config(
+                engine, dtype=dtype, lora=lora, run={"save_only_model": alone, "save_steps": None}
+            )
+            jobs[f"{name} {alone}"] = inputs.job(config, tmp_path / f"{name} {alone}")
+    found = curves(jobs, world_size=2)
+    for name in ENGINES:
+        all_weights, weights = found[f"{name} False"].weights, found[f"{name} True"].weights
+        assert weights.keys() <= all_weights.keys()  # of tied weights the first name alone
+        assert all(torch.equal(weight, all_weights[each]) for each, weight in weights.items())
+        whole, alone = (latest_checkpoint(jobs[f"{name} {each}"].checkpoints) for each in (False, True))
+        assert whole is not None
+        assert alone is not None
+        assert {file for file, _, _ in alone.files} == {"config.json", WEIGHTS}
+        assert alone.num_bytes < whole.num_bytes / 2
+        assert (whole.is_resumable, alone.is_resumable) == (True, False)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_cannot_go_on_from_it_but_evaluations_can(
+    lora: bool, inputs: Inputs, tmp_path: Path
+) -> None:
+    config = inputs.config("plain", lora=lora, run={"save_only_model": True, "storage_path": str(tmp_path)})
+    job = inputs.job(config, tmp_path / "run")
+    stop_at({"": job}, 1, step=2)
+    with pytest.raises(CheckpointError) as caught:
+        run(job)
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    assert str(caught.value) == (
+        f"{checkpoint.path} holds weights alone (run.save_only_model): training cannot go on from it. Export it and "
+        "set model.path to begin from its weights, or set run.force_new to begin anew"
+    )
+    asked = config.model_copy(update={"model": config.model.model_copy(update={"path": checkpoint.path})})
+    measured = _of_checkpoint(asked)
+    assert measured.run.resume_from is None
+    assert measured.model.has_adapter == lora
+    exported = export(checkpoint.path, str(tmp_path / "out"))
+    used = Path(str(measured.model.adapter if lora else measured.model.path))
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (used / name).read_bytes() == Path(exported, name).read_bytes()
