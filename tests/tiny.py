@@ -188,6 +188,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "d_ff": 64,
         "num_layers": 2,
         "num_heads": 4,
+        "dropout_rate": 0.0,
         "decoder_start_token_id": 0,
     },
     "bart": {

@@ -228,10 +228,6 @@ def test_calls_that_make_no_sense(tmp_path: Path) -> None:
             lambda: trainer.get_batch_logps(torch.zeros(1, 2, 3), torch.zeros(1, 3)),
             "logits (1, 2, 3) and labels (1, 3) do not belong together",
         ),
-        (
-            lambda: trainer.get_batch_logps(torch.zeros(1, 2, 3), torch.zeros(1, 2), is_encoder_decoder=True),
-            "is_encoder_decoder: only causal language models are trained here",
-        ),
     ):
         with pytest.raises(PrefoptError) as caught:
             call()

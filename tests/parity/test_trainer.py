@@ -8,12 +8,14 @@ import torch
 import trl.experimental.cpo as theirs
 from datasets import Dataset
 from ray.train import ScalingConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl.experimental.utils import DPODataCollatorWithPadding
 
 import ray_prefopt.compat.trainer as ours
+from ray_prefopt.compat.batches import pairs_of
 from ray_prefopt.config import EngineConfig
 from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.model.load import model_class
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import checkpoint_weights
 from ray_prefopt.training.loop import Job, Reports, train_worker
@@ -77,9 +79,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pair_of_trainers(folder: str, out: Path, rows: Dataset, **arguments: Any) -> tuple[Any, Any]:
+    kind = model_class(AutoConfig.from_pretrained(folder))
+
     def built(module: Any, **more: Any) -> Any:
         return module.CPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            model=kind.from_pretrained(folder, dtype=torch.float32),
             args=module.CPOConfig(
                 output_dir=str(out / module.__name__.partition(".")[0]), **{**SHARED, **arguments}
             ),
@@ -143,11 +147,9 @@ def trained_here(
     our: Any, rows: Dataset, folder: Path
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """What the run of a trainer does on one worker, without Ray and with the plain engine: records and weights."""
-    pairs = []
+    pairs: list[TokenizedPair] = []
     for row in rows:
-        ids = our.tokenize_row(row)
-        starts = [ids[f"{side}_labels"].count(-100) for side in ("chosen", "rejected")]
-        pairs.append(TokenizedPair(ids["chosen_input_ids"], ids["rejected_input_ids"], *starts))
+        pairs += pairs_of({name: [ids] for name, ids in our.tokenize_row(row).items()})
     config = our._config.model_copy(update={"engine": EngineConfig(kind="plain")})
     job = Job(
         config,
