@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from ray_prefopt.config import LoraConfig
 from ray_prefopt.errors import ModelError
@@ -73,15 +73,17 @@ def merged(model: nn.Module) -> nn.Module:
 
 def save_base(model: Any, folder: Path) -> None:
     """Write the model under the adapters as a Hugging Face folder, from where it lies in memory."""
+    base = model.get_base_model()
+
+    def leave_out_adapters(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+        """Weights by the names that they have without peft."""
+        for name in list(state):
+            weight = state.pop(name)
+            if model.base_model.prefix not in name and ".modules_to_save." not in name:
+                state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
+
+    # A hook, since transformers drops the state_dict that a quantized model is to be saved with.
+    hook = base.register_state_dict_post_hook(leave_out_adapters)
     with without_bars():
-        model.get_base_model().save_pretrained(folder, state_dict=_base_weights(model))
-
-
-def _base_weights(model: Any) -> dict[str, Tensor]:
-    """Weights without the adapters, by the names that they have without peft."""
-    weights = {}
-    for name, weight in model.get_base_model().state_dict().items():
-        is_added = model.base_model.prefix in name or ".modules_to_save." in name
-        if not is_added:
-            weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = weight
-    return weights
+        base.save_pretrained(folder)
+    hook.remove()

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import ModelError, suggest
+from ray_prefopt.model.hub import first_line
 
 
 def is_quantized(config: ModelConfig, architecture: PretrainedConfig) -> bool:
@@ -39,6 +40,10 @@ def check_quantization(config: ModelConfig, architecture: PretrainedConfig) -> N
             )
         if len([bits for bits in (4, 8) if config.quantization.get(f"load_in_{bits}bit")]) != 1:
             raise ModelError("model.quantization: set one of load_in_4bit and load_in_8bit to true")
+        try:
+            BitsAndBytesConfig(**config.quantization)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ModelError(f"model.quantization: {first_line(error)}") from error
     if (method := _saved_by(architecture)) is not None:
         model = f"model {config.path}: its weights are quantized by {method}"
         if method != "bitsandbytes":
