@@ -39,6 +39,7 @@ What is worth knowing beforehand:
   takes what is left.
 - The last step is always logged, evaluated (when there are evaluations at all) and saved.
 - Prompts are cut, to `max_prompt_length`, before completions are; trl 1.16 cuts completions alone.
+- An encoder-decoder is one by its own config, whether it is given as a model or by name.
 - Without `deepspeed` the engine is DeepSpeed ZeRO-2; with it, the stage that it names.
 - The run lies in the folder `run_name`, or `run`, inside `output_dir`."""
 

@@ -1,4 +1,4 @@
-"""Preference fine-tuning (SimPO, CPO, CPO-SimPO) of causal language models on a Ray cluster.
+"""Preference fine-tuning (SimPO, CPO, CPO-SimPO) of language models on a Ray cluster.
 
 What each command of `ray-prefopt` does is a function here: `train`, `tune`, `prepare_data`, `evaluate`,
 `export`.

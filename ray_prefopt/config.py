@@ -169,9 +169,10 @@ class DataConfig(Config):
     assistant_header: Literal["trl", "official"] = "trl"
     """Where the template's assistant header goes: into the prompt (TRL) or into the response (princeton-nlp/SimPO)."""
     max_length: int = Field(1024, ge=2)
-    """Upper bound on the tokens of prompt + completion."""
+    """Upper bound on the tokens of prompt + completion; of each of them, where an encoder reads the prompt."""
     max_prompt_length: int | None = Field(512, ge=1)
-    """The prompt is cut to this when prompt + completion exceed max_length; none: cut to max_length - 1."""
+    """The prompt is cut to this when prompt + completion exceed max_length; none: cut to max_length - 1.
+    An encoder's prompt is always cut to this; none: to max_length."""
     max_completion_length: int | None = Field(None, ge=1)
     """Upper bound on the tokens of a completion by itself."""
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"

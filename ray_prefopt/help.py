@@ -27,7 +27,7 @@ def overview(summaries: Mapping[str, str]) -> str:
         [
             "usage: ray-prefopt COMMAND [ARGUMENT]...",
             "",
-            "Preference fine-tuning (SimPO, CPO, CPO-SimPO) of causal language models on a Ray cluster.",
+            "Preference fine-tuning (SimPO, CPO, CPO-SimPO) of language models on a Ray cluster.",
             "",
             *(f"  {name:<10}{summary}" for name, summary in summaries.items()),
             "",

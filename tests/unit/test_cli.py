@@ -65,7 +65,7 @@ def test_overview(call: Call) -> None:
     assert out.splitlines() == [
         "usage: ray-prefopt COMMAND [ARGUMENT]...",
         "",
-        "Preference fine-tuning (SimPO, CPO, CPO-SimPO) of causal language models on a Ray cluster.",
+        "Preference fine-tuning (SimPO, CPO, CPO-SimPO) of language models on a Ray cluster.",
         "",
         "  train     Train a model on preference pairs; a run of the same name is resumed.",
         "  tune      Search for the best beta, margin, weights or any other field, in a space of yours or a published one.",
