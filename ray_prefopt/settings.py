@@ -379,9 +379,11 @@ def load_config(
     return _load(TrainConfig, files, flags, base)
 
 
-def load_tune_config(files: Sequence[Path] = (), flags: Sequence[str] = ()) -> TuneConfig:
+def load_tune_config(
+    files: Sequence[Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> TuneConfig:
     """The same with a section `search`."""
-    return _load(TuneConfig, files, flags, None)
+    return _load(TuneConfig, files, flags, base)
 
 
 def _load(kind: type[T], files: Sequence[Path], flags: Sequence[str], base: Mapping[str, Any] | None) -> T:

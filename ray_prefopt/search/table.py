@@ -7,12 +7,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from fsspec.core import url_to_fs
+from ray import cloudpickle
 from ray.tune import Callback, Stopper
 
+from ray_prefopt.errors import PrefoptError, TrainingError
 from ray_prefopt.search.measure import Measure
 from ray_prefopt.search.space import Point, show
 from ray_prefopt.search_config import SearchConfig
@@ -168,10 +171,9 @@ class Recorder(Callback):
     def on_trial_error(self, *_: Any, **info: Any) -> None:
         trial = info["trial"]
         row = self.rows.setdefault(str(trial), Row(str(trial), trial.config["point"], trial.config["seed"]))
-        error = trial.get_pickled_error() if trial.pickled_error_file else None
-        cause = getattr(error, "cause", None) or error
-        row.status, row.error = "failed", str(cause or "its process died").strip()
-        self.fatal = self.fatal or cause or RuntimeError(f"{row.name}: {row.error}")
+        cause = _cause(trial)
+        row.status, row.error = "failed", str(cause).strip()
+        self.fatal = self.fatal or cause
         self._tell(row)
 
     def stop_running(self) -> None:
@@ -192,6 +194,16 @@ class Recorder(Callback):
         rows = list(self.rows.values())
         write_text(self._fs, f"{self._folder}/{TRIALS}", json.dumps([asdict(row) for row in rows], indent=1))
         write_text(self._fs, f"{self._folder}/{RESULTS}", results_csv(rows, self._measure))
+
+
+def _cause(trial: Any) -> BaseException:
+    """What a trial raised, or what became of its process."""
+    path = trial.pickled_error_file
+    if path is not None and Path(path).exists():
+        error = cloudpickle.loads(Path(path).read_bytes())
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, PrefoptError) else TrainingError(f"{trial}: {error}")
+    return TrainingError(f"{trial} could not be started")
 
 
 def _values(point: Point) -> str:

@@ -102,7 +102,7 @@ class Trial(Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Become the next trial, in the process of one that has ended."""
-        self.setup(new_config, self._task)
+        self.setup(new_config)  # tune.with_parameters adds the task
         return True
 
     def step(self) -> Result:

@@ -18,7 +18,7 @@ from ray_prefopt.config import CPOLoss, CPOSimPOLoss, IPOLoss, SimPOLoss
 from ray_prefopt.data.formats import ChatTemplate, PreferencePair, to_pair
 from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
 from ray_prefopt.options import options, sections
-from ray_prefopt.settings import load_config, split_flags
+from ray_prefopt.settings import load_config, load_tune_config, split_flags
 from ray_prefopt.training.metrics import METRICS
 from ray_prefopt.training.run import MAY_CHANGE
 from tests.tiny import tiny_tokenizer
@@ -90,7 +90,7 @@ def test_fields_exist(page: Path) -> None:
 def is_file_or_key(name: str) -> bool:
     """`model.safetensors`; a key inside of a mapping such as engine.deepspeed."""
     parent = name.rpartition(".")[0]
-    return name.endswith((".safetensors", ".jsonl")) or (parent in options() and options()[parent].is_mapping)
+    return name.endswith((".safetensors", ".jsonl", ".yaml")) or (parent in options() and options()[parent].is_mapping)
 
 
 def test_the_page_of_all_fields_is_up_to_date() -> None:
@@ -124,7 +124,8 @@ def test_the_table_of_defaults_is_that_of_the_config() -> None:
 def test_configs_load(fence: Fence, tmp_path: Path) -> None:
     path = tmp_path / "excerpt.yaml"
     path.write_text(fence.text)
-    load_config([path], base=BASE)
+    load = load_tune_config if re.search("^search:", fence.text, re.MULTILINE) else load_config
+    load([path], base=BASE)
 
 
 @pytest.mark.parametrize("words", list(commands()))
@@ -138,7 +139,10 @@ def test_command_lines_parse(words: list[str]) -> None:
         if name == "evaluate":
             base = {"data": {"train": []}}
             flags += [f"--model.path={args.model or 'some/model'}"]
-        load_config(own_files, flags, base=base)
+        if name == "tune":
+            load_tune_config(own_files, flags, base=base if own_files else {**BASE, "search": {"preset": "simpo"}})
+        else:
+            load_config(own_files, flags, base=base)
     else:
         assert flags == []
 
