@@ -20,6 +20,7 @@ import pytest
 import ray
 from ray.data import DataContext, ExecutionResources
 from ray.exceptions import RayTaskError
+from transformers import NllbTokenizer
 
 from ray_prefopt.config import DataConfig, ModelConfig, TrainConfig
 from ray_prefopt.data import prepare as prepare_module
@@ -61,8 +62,8 @@ def make(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> Cal
 Make = Callable[..., Blocks]
 
 
-def model_with(tokenizer: str) -> ModelConfig:
-    return ModelConfig(from_config=tiny_config(), tokenizer=tokenizer)
+def model_with(tokenizer: str, kind: str = "qwen2") -> ModelConfig:
+    return ModelConfig(from_config=tiny_config(kind), tokenizer=tokenizer)
 
 
 def row(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -230,14 +231,19 @@ def test_what_changes_the_blocks_changes_their_folder(make: Make, tmp_path: Path
     write_lines("a.jsonl", row("q", "r", "s"))
     write_lines("b.jsonl", row("q", "r", "s"))
 
-    def is_found(train: Any = "a.jsonl", tokenizer: str = tokenizer, **fields: Any) -> bool:
+    def is_found(
+        train: Any = "a.jsonl", tokenizer: str = tokenizer, kind: str = "qwen2", **fields: Any
+    ) -> bool:
         data = DataConfig.model_validate({"train": train, **fields})
-        return find_blocks(data, model_with(tokenizer), data.train_sources, f"{tmp_path}/store") is not None
+        model = model_with(tokenizer, kind)
+        return find_blocks(data, model, data.train_sources, f"{tmp_path}/store") is not None
 
     assert not is_found()
     make("a.jsonl", chunk_rows=prepare_module.CHUNK_ROWS)
     assert is_found()
     assert is_found(max_bad_fraction=0.5, shuffle=False, shuffle_window=3, eval="b.jsonl")
+    assert is_found(kind="llama")
+    assert not is_found(kind="t5")
     for change in (
         {"train": "b.jsonl"},
         {"train": ["a.jsonl", "b.jsonl"]},
@@ -267,6 +273,26 @@ def test_what_changes_the_blocks_changes_their_folder(make: Make, tmp_path: Path
     write_lines("a.jsonl", row("q", "r", "s"), row("q", "r", "s"))
     os.utime("a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not is_found()
+
+
+def test_the_language_of_targets_changes_the_blocks(make: Make, tmp_path: Path) -> None:
+    """It is in no file of the tokenizer but its settings."""
+    write_lines("a.jsonl", row("q", "r", "s"))
+    words = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "q", "r", "s"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    data = DataConfig(train="a.jsonl")
+    folders = []
+    for language in ("deu_Latn", "fra_Latn"):
+        tokenizer = NllbTokenizer(vocab=vocabulary, merges=[], src_lang="eng_Latn", tgt_lang=language)
+        tokenizer.save_pretrained(language)
+        model = model_with(str(tmp_path / language), "t5")
+        blocks = prepare(data, model, data.train_sources, str(tmp_path / "store"), progress=False)
+        folders.append(blocks.folder)
+        (pair,) = read_block(blocks, 0).to_pylist()
+        english, target = tokenizer.convert_tokens_to_ids(["eng_Latn", language])
+        assert pair["chosen"] == [english, 4, 5, 2, target, 4, 6, 2]
+        assert pair["chosen_start"] == 4
+    assert len(set(folders)) == 2
 
 
 def test_a_template_that_writes_the_date_is_found_tomorrow(
