@@ -202,7 +202,7 @@ REFUSED = {
     "eval_do_concat_batches": _PREDICTIONS,
     "batch_eval_metrics": _PREDICTIONS,
     "past_index": "leave it out: models with a state of their own cannot be trained",
-    "ray_scope": "leave it out: there is no hyperparameter_search yet",
+    "ray_scope": "leave it out: trials are ranked by their last evaluation",
     "use_legacy_prediction_loop": "leave it out: there is one evaluation loop",
 }  # fmt: skip
 """Field: what to do instead. Refused when it asks for something, that is when it differs from its default."""

@@ -22,9 +22,10 @@ from ray_prefopt.errors import PrefoptError, ResourceError
 from ray_prefopt.search.measure import Measure
 from ray_prefopt.search.space import Point, Space
 from ray_prefopt.training.checkpoint import find_checkpoint
+from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.log import Event
 from ray_prefopt.training.loop import Record, make_plan
-from ray_prefopt.training.run import TrainResult, train
+from ray_prefopt.training.run import NO_HOOKS, TrainResult, train
 
 POINTER = "run.json"
 EVALUATIONS = 0.1
@@ -51,6 +52,7 @@ class Task:
     scheduler: str
     grace: float
     """Unit of the schedulers' time, as a share of a run."""
+    hooks: Hooks = NO_HOOKS
 
     def config(self, point: Point, seed: int, run: str, resume_from: str | None) -> TrainConfig:
         """The config of one run."""
@@ -150,7 +152,7 @@ class Trial(Trainable):
             )
             assert blocks is not None, "the search prepares the pairs before its first trial"
             self._total_steps = make_plan(config, blocks).total_steps
-            self._finish(train(config, observer=self._observe))
+            self._finish(train(config, hooks=self._task.hooks, observer=self._observe))
         except ResourceError as error:
             self._found.put(error)
         except PrefoptError as error:

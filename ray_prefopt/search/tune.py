@@ -35,7 +35,8 @@ from ray_prefopt.search_config import SearchConfig, TuneConfig
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.checkpoint import write_text
 from ray_prefopt.training.export import export
-from ray_prefopt.training.run import MAY_CHANGE, describe, prepare_data, resolved
+from ray_prefopt.training.hooks import Hooks
+from ray_prefopt.training.run import MAY_CHANGE, NO_HOOKS, describe, prepare_data, resolved
 from ray_prefopt.training.workers import start_ray
 
 CONFIG, BEST, STUDY = "search.yaml", "best_config.yaml", "study.db"
@@ -81,12 +82,14 @@ class TuneResult:
     """Of this call."""
 
 
-def tune(config: TrainConfig, search: SearchConfig, *, resume: bool = False) -> TuneResult:
+def tune(
+    config: TrainConfig, search: SearchConfig, *, resume: bool = False, hooks: Hooks = NO_HOOKS
+) -> TuneResult:
     """Search for the best values of some of the config's fields; every trial is a run of `train`.
 
     `resume` goes on with a search of the same name: finished trials stay as they are, others go on from their
-    checkpoints. Raises PrefoptError: before the first trial what `train` would raise, ResourceError when the cluster
-    has no room for a trial, and TrainingError when no trial came to its end.
+    checkpoints. `hooks` are those of every run. Raises PrefoptError: before the first trial what `train` would raise,
+    ResourceError when the cluster has no room for a trial, and TrainingError when no trial came to its end.
     """
     begun = time.monotonic()
     config = named(config)
@@ -99,7 +102,7 @@ def tune(config: TrainConfig, search: SearchConfig, *, resume: bool = False) -> 
     slots = _slots(config, search)
     measure = make_measure(metric, prefix, search, _prepare(space, prefix))
     recorder = Recorder(folder, measure, number_of_points(space, search) * len(_seeds(config, search)), _say)
-    task = Task(str(config.run.name), space, measure, search.scheduler, search.grace)
+    task = Task(str(config.run.name), space, measure, search.scheduler, search.grace, hooks)
     _say(f"{recorder._total} trials, {slots} at a time, in {folder}")
     try:
         with _environment():
