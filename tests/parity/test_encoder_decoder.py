@@ -19,10 +19,10 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 from trl.trainer.utils import disable_dropout_in_model
 
 from ray_prefopt import CPOConfig, CPOTrainer
-from ray_prefopt.compat.batches import row_of
+from ray_prefopt.compat.batches import repacked, row_of
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.data.formats import PreferencePair, Skipped
-from ray_prefopt.data.tokenization import LengthLimits, tokenize_pairs
+from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.model.load import load_model
 from tests.parity.test_trainer import (
@@ -181,6 +181,23 @@ def test_methods_give_what_trl_gives(loss: str, folder: str, tmp_path: Path) -> 
     assert {name: our_metrics[name] for name in compared} == pytest.approx(
         {name: their_metrics[name] for name in compared}, rel=1e-5, abs=1e-5
     )
+
+
+def test_a_collator_of_trl_packs_the_same_pairs() -> None:
+    pairs = [
+        TokenizedPair([5, 1, 6, 7, 1], [5, 1, 8, 1], 2, 2),
+        TokenizedPair([9, 1, 6, 1], [9, 1, 5, 5, 1], 2, 2),
+    ]
+    collator = DPODataCollatorWithPadding(pad_token_id=0, is_encoder_decoder=True)
+    assert repacked(collator, pairs, is_encoder_decoder=True) == pairs
+    with pytest.raises(
+        ConfigError, match=r"its batch has no prompt_attention_mask, prompt_input_ids; it has chosen_"
+    ):
+        repacked(
+            lambda rows: {side: [row[side] for row in rows] for side in ("chosen_labels", "rejected_labels")},
+            pairs,
+            is_encoder_decoder=True,
+        )
 
 
 def test_log_probabilities_of_labels_in_place() -> None:
