@@ -383,6 +383,8 @@ class RunConfig(Config):
     """Environment variables of the workers."""
     global_batch: int = Field(128, ge=1)
     """Pairs per optimizer step, over all workers."""
+    shrink_batch: bool = False
+    """With fewer pairs than global_batch, make a step of those there are; off: that is an error."""
     micro_batch: int = Field(4, ge=1)
     """Pairs per forward pass of a worker."""
     auto_find_batch_size: bool = False

@@ -6,6 +6,7 @@ TrainConfig, and hands over to `training.run`.
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,23 +29,24 @@ from transformers import (
 )
 from transformers.data.data_collator import DataCollator
 from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import BestRun, PredictionOutput, TrainOutput
 
 from ray_prefopt.compat.batches import LABEL_PAD, Batch, inputs_of, pairs_of, repacked, row_of, stacked
 from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.hub import Pushes, Repository, repository_name
 from ray_prefopt.compat.inputs import Pairs, model_values, pairs_source
+from ray_prefopt.compat.search import HpSpace, named_back, search_config
 from ray_prefopt.compat.translate import to_train_config
 from ray_prefopt.config import CPOLoss, RunConfig, TrainConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
 from ray_prefopt.data.prepare import length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
-from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses, pair_rewards
+from ray_prefopt.model.adapters import base_of, with_adapter
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.load import (
     compute_dtype,
@@ -55,11 +56,13 @@ from ray_prefopt.model.load import (
     model_class,
 )
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.search.tune import tune
 from ray_prefopt.training.card import CardDetails, model_card
 from ray_prefopt.training.checkpoint import latest_checkpoint, open_checkpoint
 from ray_prefopt.training.export import export, metrics_at
 from ray_prefopt.training.hooks import ComputeMetrics, Hooks
 from ray_prefopt.training.metrics import means
+from ray_prefopt.training.optimizers import PackedOptimizer
 from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, train
 
 
@@ -78,7 +81,7 @@ class CPOTrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel | None = None,
+        model: str | PreTrainedModel | nn.Module | None = None,  # a PeftModel is an nn.Module
         args: CPOConfig | SimPOConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Pairs | None = None,
@@ -158,10 +161,10 @@ class CPOTrainer:
         pairs = pairs_source(self._train, self._inputs / "train")
         config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
+        begun = time.perf_counter()
         with Pushes(self.args, self._card_details()) if self.args.push_to_hub else nullcontext() as observer:
             self._result = result = train(_changed(config, run=run), hooks=hooks, observer=observer)
         records = [json.loads(line) for line in Path(result.folder, "metrics.jsonl").read_text().splitlines()]
-        losses = [record["loss"] for record in records if "loss" in record]
         self.state = TrainerState(
             epoch=result.metrics["epoch"],
             global_step=result.steps,
@@ -172,10 +175,11 @@ class CPOTrainer:
             **_best(records, self._config.run),
         )
         self._take_weights()
+        summary = _summary(records, time.perf_counter() - begun)
+        self._logged(summary)
         if self.args.push_to_hub:
             self.push_to_hub()
-        mean_loss = sum(losses) / len(losses)
-        return TrainOutput(result.steps, mean_loss, {**result.metrics, "train_loss": mean_loss})
+        return TrainOutput(result.steps, summary["train_loss"], {**result.metrics, **summary})
 
     def evaluate(
         self,
@@ -213,6 +217,40 @@ class CPOTrainer:
         model = {"path": self._checkpoint} if self._result is not None else {}
         changed = _changed(self._config, data={"eval": self._eval_sources(pairs)}, model=model)
         return evaluate(changed, hooks=hooks)
+
+    def hyperparameter_search(
+        self,
+        hp_space: HpSpace | None = None,
+        compute_objective: Any = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: Any = "ray",
+        hp_name: Callable[[Any], str] | None = None,
+        **settings: Any,
+    ) -> BestRun:
+        """Search over arguments on Ray Tune: each trial is a run, and the best is by held-out reward accuracy.
+
+        `hp_space` returns distributions of ray.tune by argument; `settings` are fields of `SearchConfig`, such as
+        scheduler or seeds. The result's run_summary is a `TuneResult`: folder, report, and the best model.
+        """
+        if self._train is None:
+            raise ConfigError("hyperparameter_search: got no train_dataset; give one to the constructor")
+        search = search_config(
+            hp_space,
+            self.args,
+            n_trials=n_trials,
+            direction=direction,
+            compute_objective=compute_objective,
+            backend=backend,
+            **settings,
+        )
+        pairs = pairs_source(self._train, self._inputs / "train")
+        config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
+        run = {"name": hp_name(None) if hp_name else f"{config.run.name}-search", "force_new": True}
+        hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
+        result = tune(_changed(config, run=run), search, hooks=hooks)
+        found = named_back(result.point, hp_space(None), self.args) if hp_space else result.point
+        return BestRun(result.trial, result.value, found, result)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Call this one too."""
@@ -319,7 +357,7 @@ class CPOTrainer:
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> CardDetails:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = base_of(self.model)
         return CardDetails(
             model_name or repository_name(self.args).rpartition("/")[2],
             getattr(base, "name_or_path", None),
@@ -367,21 +405,18 @@ class CPOTrainer:
         """Put the trained weights into `model`, or load it where a path was given."""
         folder, config = self._exported(), self._config.model
         architecture = load_architecture(config)
-        if isinstance(self.model, PeftModel):
-            (name,) = self.model.active_adapters
-            set_peft_model_state_dict(self.model, load_peft_weights(folder), adapter_name=name)
-        elif isinstance(self.model, PreTrainedModel) and config.has_adapter:
-            self.model = PeftModel.from_pretrained(self.model, folder, is_trainable=True)
-        elif config.has_adapter:
+        if isinstance(self.model, str) and config.has_adapter:
             ends = {"lora": None, "adapter": folder, "neftune_noise_alpha": None, "compile": None}
             dtype = compute_dtype(config, architecture)
             self.model = load_model(config.model_copy(update=ends), dtype=dtype, seed=self._config.run.seed)
-        elif isinstance(self.model, PreTrainedModel):
-            for file in Path(folder).glob("*.safetensors"):
-                self.model.load_state_dict(load_file(file), strict=False)
-        else:
+        elif isinstance(self.model, str):
             kind = model_class(architecture)
             self.model = kind.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        elif config.has_adapter:
+            self.model = with_adapter(self.model, folder)
+        else:
+            for file in Path(folder).glob("*.safetensors"):
+                self.model.load_state_dict(load_file(file), strict=False)
 
     # --- Arithmetic, on tensors of the caller's ---
 
@@ -515,7 +550,7 @@ def _included(args: CPOConfig | SimPOConfig) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) -> OwnOptimizer | None:
+def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) -> PackedOptimizer | None:
     """What a trainer is given as `optimizers`; raises ConfigError when it cannot be moved to the workers."""
     optimizer, schedule = optimizers
     if optimizer is None:
@@ -533,11 +568,25 @@ def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) ->
             "optimizers: with peft_config the weights that are trained are not made yet; give a PeftModel as model, "
             "and an optimizer over its parameters"
         )
-    return OwnOptimizer.of(optimizer, schedule, model)
+    return PackedOptimizer.of(optimizer, schedule, model)
 
 
 def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+
+
+def _summary(records: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
+    """What transformers logs when training has ended; the loss is the mean of all steps."""
+    lines = [record for record in records if "loss" in record]
+    steps = [line["step"] for line in lines]
+    weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    loss = sum(weight * line["loss"] for weight, line in zip(weights, lines, strict=True)) / steps[-1]
+    return {
+        "train_runtime": seconds,
+        "train_steps_per_second": steps[-1] / seconds,
+        "train_loss": loss,
+        "epoch": lines[-1]["epoch"],
+    }
 
 
 def _best(records: Sequence[Mapping[str, float]], run: RunConfig) -> dict[str, Any]:

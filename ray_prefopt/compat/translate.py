@@ -424,6 +424,7 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "name": args.run_name or "run",
         "storage_path": args.output_dir,
         "micro_batch": _micro_batch(args),
+        "shrink_batch": not args.dataloader_drop_last,
         "auto_find_batch_size": args.auto_find_batch_size,
         "eval_micro_batch": args.per_gpu_eval_batch_size or args.per_device_eval_batch_size,
         "epochs": int(epochs) if epochs == int(epochs) else epochs,

@@ -63,6 +63,21 @@ def attach_saved(model: Any, path: str) -> nn.Module:
     return adapted
 
 
+def with_adapter(model: Any, folder: str) -> nn.Module:
+    """The model with a saved adapter, for more training; a PeftModel takes its weights into the adapter it has."""
+    if isinstance(model, PeftModel):
+        (name,) = model.active_adapters
+        set_peft_model_state_dict(model, load_peft_weights(folder), adapter_name=name)
+        return model
+    adapted: nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return adapted
+
+
+def base_of(model: Any) -> Any:
+    """The model under the adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def merged(model: nn.Module) -> nn.Module:
     """The model with its low-rank adapters merged into the weights they adapt."""
     assert isinstance(model, PeftModel)

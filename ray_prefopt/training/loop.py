@@ -294,7 +294,7 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
     return Plan(
         order,
         blocks.total_lengths,
-        run.global_batch,
+        min(run.global_batch, blocks.num_pairs) if run.shrink_batch else run.global_batch,
         run.micro_batch,
         run.epochs,
         run.max_steps,

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_prefopt.config import TrainConfig
@@ -153,3 +155,31 @@ def test_the_demo_learns_the_order_of_things(tmp_path: Path, ray_local: None) ->
     assert Path(result.picture).stat().st_size > 10_000
     assert load_config([Path(result.config)]).loss.kind == "cpo_simpo"
     assert AutoModelForCausalLM.from_pretrained(result.model).config.model_type == "qwen2"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("script", "arguments", "steps"),
+    [
+        ("train_cpo.py", [str(EXAMPLES / "chat.jsonl")], 3),
+        ("train_simpo.py", [], 3),
+    ],
+)
+def test_the_documents_own_examples(
+    script: str,
+    arguments: list[str],
+    steps: int,
+    tmp_path: Path,
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight conversations, and seven rows: both are one step, three times."""
+    model = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, model, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    (run,) = tmp_path.glob("*/run")
+    assert json.loads((run / "result.json").read_text())["steps"] == steps
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    assert any(not torch.equal(before[name].to(weight.dtype), weight) for name, weight in after.items())

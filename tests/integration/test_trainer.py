@@ -214,7 +214,10 @@ def test_calls_that_make_no_sense(tmp_path: Path) -> None:
     for call, text in (
         (trainer.train, "train: got no train_dataset; give one to the constructor"),
         (lambda: trainer.train(trial=1), "train: trial has no meaning here; leave it out"),
-        (lambda: trainer.predict({"a": "x.jsonl"}), "predict: got several sets; call it for one after the other"),  # type: ignore[arg-type]
+        (
+            lambda: trainer.predict({"a": "x.jsonl"}),
+            "predict: got several sets; call it for one after the other",
+        ),  # type: ignore[arg-type]
         (trainer.evaluate, "evaluate: got no eval_dataset, here or in the constructor; give one"),
         (
             lambda: trainer.tokenize_row({"prompt": "a", "chosen": "", "rejected": "b"}),

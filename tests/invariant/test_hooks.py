@@ -21,13 +21,13 @@ from transformers import (
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.tokenization import TokenizedPair
-from ray_prefopt.engine.optimizer import OwnOptimizer
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.training.callbacks import STATE_FILE, Returned
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks, check_portable
 from ray_prefopt.training.loop import Job, Record, Reports, evaluate_worker, train_worker
+from ray_prefopt.training.optimizers import PackedOptimizer
 from tests.gang import run_gang
 from tests.invariant.training import STEPS, Inputs, StopError, curves, stop_at
 from tests.tiny import random_pairs
@@ -352,7 +352,7 @@ def test_callbacks_come_back_to_the_objects_that_were_given(tmp_path: Path) -> N
 # --- An optimizer of the user's own ---
 
 
-def own_optimizer(inputs: Inputs, config: TrainConfig) -> OwnOptimizer:
+def own_optimizer(inputs: Inputs, config: TrainConfig) -> PackedOptimizer:
     """What the optim section of the config describes, made by hand: decay of what is not norm, and a linear fall."""
     model = AutoModelForCausalLM.from_pretrained(inputs.model)
     decayed = [weight for name, weight in model.named_parameters() if weight.ndim > 1]
@@ -360,7 +360,7 @@ def own_optimizer(inputs: Inputs, config: TrainConfig) -> OwnOptimizer:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2, eps=1e-6
     )
-    return OwnOptimizer.of(optimizer, LambdaLR(optimizer, lambda step: 1 - step / STEPS), model)
+    return PackedOptimizer.of(optimizer, LambdaLR(optimizer, lambda step: 1 - step / STEPS), model)
 
 
 @pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
@@ -384,7 +384,7 @@ def test_another_optimizer_goes_on_where_it_was(inputs: Inputs, tmp_path: Path) 
     """SGD with momentum, and no schedule of its own: the config has that."""
     model = AutoModelForCausalLM.from_pretrained(inputs.model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    hooks = Hooks(own_optimizer=OwnOptimizer.of(sgd, None, model))
+    hooks = Hooks(own_optimizer=PackedOptimizer.of(sgd, None, model))
     config = inputs.config("zero2", optim={"schedule": "constant", "warmup_ratio": 0.0})
     jobs = {
         name: dataclasses.replace(inputs.job(config, tmp_path / name), hooks=hooks)
@@ -401,7 +401,7 @@ def test_another_optimizer_goes_on_where_it_was(inputs: Inputs, tmp_path: Path) 
 def test_optimizers_that_do_not_belong_to_the_model(inputs: Inputs) -> None:
     model = torch.nn.Linear(2, 3)
     with pytest.raises(ConfigError) as caught:
-        OwnOptimizer.of(torch.optim.SGD(torch.nn.Linear(5, 4).parameters()), None, model)
+        PackedOptimizer.of(torch.optim.SGD(torch.nn.Linear(5, 4).parameters()), None, model)
     assert str(caught.value) == (
         "optimizers: the optimizer has a weight of shape (4, 5) that the model has not; "
         "make it over the parameters of the model that you give"
@@ -412,7 +412,7 @@ def test_optimizers_that_do_not_belong_to_the_model(inputs: Inputs) -> None:
     with pytest.raises(
         ConfigError, match=r"^optimizers: the optimizer has taken steps already; give a new one$"
     ):
-        OwnOptimizer.of(optimizer, None, model)
+        PackedOptimizer.of(optimizer, None, model)
 
 
 # --- Samples ---

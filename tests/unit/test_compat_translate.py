@@ -80,7 +80,10 @@ CASES: dict[str, list[Case]] = {
         (CPO, {"train_sampling_strategy": "group_by_length"}, "data.group_by_length", True),
     ],
     "group_by_length": [(SIMPO, {"group_by_length": True}, "data.group_by_length", True)],
-    "dataloader_drop_last": [(CPO, {"dataloader_drop_last": True}, "run.drop_last", True)],
+    "dataloader_drop_last": [
+        (CPO, {"dataloader_drop_last": True}, "run.drop_last", True),
+        (CPO, {"dataloader_drop_last": True}, "run.shrink_batch", False),
+    ],
     # optimizer
     "learning_rate": [(CPO, {"learning_rate": 3e-7}, "optim.learning_rate", 3e-7)],
     "optim": [(CPO, {"optim": "lion_32bit"}, "optim.name", "lion_32bit")],
