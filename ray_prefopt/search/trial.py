@@ -1,6 +1,7 @@
 """A trial: one run of `training.run.train`, in an actor of Tune's that takes no CPU."""
 
 import json
+import os
 import queue
 import threading
 import time
@@ -145,6 +146,8 @@ class Trial(Trainable):
         return self._task.space.base.run.storage_path
 
     def _run_to_end(self, resume_from: str | None) -> None:
+        os.environ.setdefault("WANDB_RUN_GROUP", self._task.name)
+        os.environ.setdefault("MLFLOW_TAGS", json.dumps({"search": self._task.name}))
         try:
             config = self._task.config(self._point, self._seed, str(self._run), resume_from)
             blocks = find_blocks(

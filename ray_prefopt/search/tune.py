@@ -4,10 +4,11 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,6 +22,7 @@ from ray import tune as ray_tune
 from ray.tune import CheckpointConfig, PlacementGroupFactory
 from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
+from tensorboardX import SummaryWriter
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ResourceError, TrainingError
@@ -28,8 +30,8 @@ from ray_prefopt.search.measure import check_metric, make_measure
 from ray_prefopt.search.points import Points, first_points, number_of_points, trial_name
 from ray_prefopt.search.report import write_report
 from ray_prefopt.search.schedulers import make_scheduler
-from ray_prefopt.search.space import Point, Space, make_space
-from ray_prefopt.search.table import Ended, Group, Limits, Recorder, groups, read_rows
+from ray_prefopt.search.space import Point, Space, label, make_space
+from ray_prefopt.search.table import Ended, Group, Limits, Recorder, Row, groups, read_rows
 from ray_prefopt.search.trial import PAUSING, Task, Trial
 from ray_prefopt.search_config import SearchConfig, TuneConfig
 from ray_prefopt.settings import dump_yaml
@@ -350,6 +352,8 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
     fs, path = url_to_fs(folder)
     write_text(fs, f"{path}/{BEST}", _best_config(task, config, best))
     report = write_report(folder)
+    if isinstance(fs, LocalFileSystem):
+        _write_board(path, rows, task.measure.metric)
     value = best.mean(task.measure.metric)
     assert value is not None
     result = TuneResult(
@@ -368,6 +372,18 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
     )
     write_text(fs, f"{path}/result.json", json.dumps(asdict(result), indent=1))
     return result
+
+
+def _write_board(folder: str, rows: Sequence[Row], metric: str) -> None:
+    """What TensorBoard shows under HPARAMS."""
+    shutil.rmtree(f"{folder}/tensorboard", ignore_errors=True)
+    for row in rows:
+        if metric in row.metrics:
+            values = {name: label(value) for name, value in row.point.items()}
+            with SummaryWriter(f"{folder}/tensorboard") as writer:
+                writer.add_hparams(
+                    {**values, "run.seed": row.seed}, {f"hparam/{metric}": row.metrics[metric]}, row.name
+                )
 
 
 def _best_config(task: Task, config: TrainConfig, best: Group) -> str:
