@@ -1,0 +1,192 @@
+"""A search on Ray: real trials with real workers, over tokens that are made once."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from transformers import AutoModelForCausalLM
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.errors import ConfigError, ResourceError
+from ray_prefopt.search.tune import TuneResult, describe_search, tune
+from ray_prefopt.search_config import SearchConfig
+from ray_prefopt.settings import load_config
+from tests.integration.conftest import STEPS, Toy
+
+pytestmark = pytest.mark.ray
+METRIC = "eval_logps_mean/accuracies"
+GRID = SearchConfig.model_validate(
+    {"space": {"loss.beta": {"grid": [0.5, 4.0]}}, "seeds": [1, 2], "scheduler": "fifo"}
+)
+
+
+def config(toy: Toy, folder: Path, **run: Any) -> TrainConfig:
+    """One worker without DeepSpeed, so that a trial takes seconds."""
+    values = toy.values(name="sweep", storage_path=str(folder), num_workers=1, **run)
+    return TrainConfig.model_validate({**values, "engine": {"kind": "plain"}})
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def swept(toy: Toy, storage: Path, ray_local: None) -> TuneResult:
+    """Two betas with two seeds each."""
+    return tune(config(toy, storage), GRID)
+
+
+def test_what_a_search_leaves_behind(swept: TuneResult, toy: Toy) -> None:
+    with open(f"{swept.folder}/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows if row["rank"] == "1"] == [
+        f"{swept.trial[:9]}-seed-1",
+        f"{swept.trial[:9]}-seed-2",
+    ]
+    assert {(row["loss.beta"], row["seed"], row["status"]) for row in rows} == {
+        (beta, seed, "finished") for beta in ("0.5", "4.0") for seed in ("1", "2")
+    }
+    winners = [float(row[METRIC]) for row in rows if row["rank"] == "1"]
+    assert swept.value == pytest.approx(sum(winners) / 2)
+    assert swept.std is not None
+    assert swept.trials == {"finished": 4}
+    assert Path(swept.report).stat().st_size > 1_000_000
+    assert AutoModelForCausalLM.from_pretrained(swept.model).num_parameters() > 0
+    for row in rows:
+        result = json.loads(Path(swept.folder, row["trial"], "result.json").read_text())
+        assert result["steps"] == STEPS
+        assert float(row[METRIC]) == result["metrics"][METRIC]
+
+
+def test_the_best_config_is_that_of_the_best_trial(swept: TuneResult) -> None:
+    best = load_config([Path(swept.config)])
+    trial = TrainConfig.model_validate_json(Path(swept.folder, swept.trial, "config.json").read_text())
+    assert best.run.name == "sweep-best"
+    assert (best.loss, best.optim, best.run.seed) == (trial.loss, trial.optim, trial.run.seed)
+    assert best.loss.beta == swept.point["loss.beta"]
+
+
+def test_tokens_are_made_once(swept: TuneResult, storage: Path) -> None:
+    """Two sets of blocks, one for training and one for evaluation, and one attempt at each."""
+    attempts = [path for path in storage.glob("blocks/*/*") if path.is_dir()]
+    assert len(list(storage.glob("blocks/*/manifest.json"))) == 2
+    assert len(attempts) == 2
+
+
+def test_a_finished_search_is_not_run_again(swept: TuneResult, toy: Toy, storage: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search 'sweep' is in .* already: --resume goes on with it"):
+        tune(config(toy, storage), GRID)
+    other = GRID.model_copy(update={"scheduler": "asha"})
+    with pytest.raises(ConfigError, match=r"was begun otherwise: search.scheduler: fifo -> asha"):
+        tune(config(toy, storage), other, resume=True)
+    before = {path: path.stat().st_mtime_ns for path in Path(swept.folder).glob("trial-*/result.json")}
+    again = tune(config(toy, storage), GRID, resume=True)
+    assert (again.trial, again.value, again.trials) == (swept.trial, swept.value, swept.trials)
+    assert before == {
+        path: path.stat().st_mtime_ns for path in Path(swept.folder).glob("trial-*/result.json")
+    }
+
+
+def test_a_trial_that_the_cluster_has_no_room_for(toy: Toy, tmp_path: Path, ray_local: None) -> None:
+    begun = time.monotonic()
+    expected = r"a trial needs 5 CPU for its 5 workers; the cluster has 4 CPU in all, after waiting 2\d s"
+    with pytest.raises(ResourceError, match=expected):
+        tune(
+            config(toy, tmp_path).model_copy(
+                update={"run": config(toy, tmp_path).run.model_copy(update={"num_workers": 5})}
+            ),
+            GRID,
+        )
+    assert time.monotonic() - begun < 30
+
+
+def test_a_plan_without_ray(toy: Toy, tmp_path: Path) -> None:
+    plan = describe_search(config(toy, tmp_path), GRID)
+    assert plan["search"] == {
+        "folder": f"{tmp_path}/sweep",
+        "space": {"loss.beta": {"grid": [0.5, 4.0]}},
+        "recipes": {},
+        "trials": 4,
+        "metric": METRIC,
+        "scheduler": "fifo",
+    }
+    assert not Path(tmp_path, "sweep").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> None:
+    """Killed when one trial is finished and another has saved: the first stays, the second goes on from there."""
+    path = tmp_path / "search.yaml"
+    values = config(toy, tmp_path, save_steps=3).model_dump(mode="json")
+    search = {"space": {"loss.beta": {"grid": [0.5, 1.0, 4.0]}}, "scheduler": "asha", "max_concurrent": 1}
+    path.write_text(json.dumps({**values, "search": search}))
+    command = [sys.executable, "-m", "ray_prefopt", "tune", "-c", str(path)]
+    env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    saved = tmp_path / "sweep/trial-001/checkpoints"
+    while not list(saved.glob("step-*/MANIFEST.json")):
+        assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    first = json.loads((tmp_path / "sweep/trial-000/result.json").read_text())
+    finished = (tmp_path / "sweep/trial-000/result.json").stat().st_mtime_ns
+
+    done = subprocess.run(
+        [*command, "--resume", "--json"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert sum(result["trials"].values()) == 3
+    assert (tmp_path / "sweep/trial-000/result.json").stat().st_mtime_ns == finished
+    assert first["steps"] == STEPS
+    records = [
+        json.loads(line) for line in (tmp_path / "sweep/trial-001/metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == sorted(set(steps))
+    assert len(list((tmp_path / "sweep/trial-001/ray").iterdir())) == 2
+    assert len(done.stderr.splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_local: None) -> None:
+    """Two trials: a learning rate that learns nothing copies the one that does, weights and all."""
+    search = SearchConfig.model_validate(
+        {
+            "space": {"optim.learning_rate": {"loguniform": [1e-7, 3e-2]}},
+            "points": [{"optim.learning_rate": 1e-7}, {"optim.learning_rate": 1e-2}],
+            "trials": 2,
+            "scheduler": "pbt",
+            "grace": 0.125,
+        }
+    )
+    base = config(toy, tmp_path, eval_steps=0.125, epochs=60)  # long enough for the two to meet
+    result = tune(base, search)
+    rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
+    bad = rows["trial-000"]
+    assert bad["history"] == [{"optim.learning_rate": 1e-7}]
+    assert bad["point"]["optim.learning_rate"] > 1e-3
+    assert bad["run"].startswith("sweep/trial-000.")
+    copied = TrainConfig.model_validate_json(Path(tmp_path, bad["run"], "config.json").read_text())
+    assert copied.optim.learning_rate == bad["point"]["optim.learning_rate"]
+    assert copied.run.resume_from is not None
+    assert "/sweep/trial-001/checkpoints/step-00000" in copied.run.resume_from
+    first = next(
+        json.loads(line) for line in Path(tmp_path, bad["run"], "metrics.jsonl").read_text().splitlines()
+    )
+    donor = [
+        json.loads(line) for line in Path(tmp_path, "sweep/trial-001/metrics.jsonl").read_text().splitlines()
+    ]
+    same = next(record for record in donor if record["step"] == first["step"] and "loss" in record)
+    assert first["loss"] == same["loss"]  # one step further than the checkpoint, before the rates tell
+    assert bad["metrics"][METRIC] > 0.9
