@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.demo import make_tokenizer, run_demo
-from ray_prefopt.settings import load_config
+from ray_prefopt.search.tune import describe_search, tune
+from ray_prefopt.settings import load_config, load_tune_config
 from ray_prefopt.training.export import export
 from ray_prefopt.training.run import train
 from tests.tiny import save_tiny_model
@@ -143,6 +144,31 @@ def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixt
         "eval_chat_rewards/accuracies",
     ]
     assert "What do bees make? " in printed[2]
+
+
+@pytest.mark.ray
+def test_a_search(tmp_path: Path, ray_local: None) -> None:
+    flags = [f"--run.storage_path={tmp_path}", "--run.max_steps=2", "--search.trials=2"]
+    config = load_tune_config([EXAMPLES / "search.yaml"], flags)
+    result = tune(config, config.search)
+    assert sum(result.trials.values()) == 2
+    assert load_config([Path(result.config)]).run.name == "search-best"
+
+
+def test_a_search_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eighteen trials take minutes: what they would be is enough."""
+    example = script("search.py")
+    assert len((EXAMPLES / "search.py").read_text().splitlines()) < 40
+    plans: list[Any] = []
+    monkeypatch.setattr(
+        example, "tune", lambda config, search, resume: plans.append(describe_search(config, search))
+    )
+    with pytest.raises(AttributeError):  # there is no result
+        example.main(str(tmp_path))
+    assert (plans[0]["search"]["trials"], plans[0]["run"]["steps"]) == (
+        18,
+        "known when the pairs are prepared",
+    )
 
 
 @pytest.mark.ray

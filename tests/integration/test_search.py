@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import ray
+import ray.tune
 from transformers import AutoModelForCausalLM
 
+from ray_prefopt.compat.config import CPOConfig
+from ray_prefopt.compat.trainer import CPOTrainer
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ResourceError
 from ray_prefopt.search.tune import TuneResult, describe_search, tune
@@ -167,10 +170,10 @@ def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_lo
             "points": [{"optim.learning_rate": 1e-7}, {"optim.learning_rate": 1e-2}],
             "trials": 2,
             "scheduler": "pbt",
-            "grace": 0.125,
+            "grace": 0.25,
         }
     )
-    base = config(toy, tmp_path, eval_steps=0.125, epochs=60)  # long enough for the two to meet
+    base = config(toy, tmp_path, eval_steps=0.25, epochs=40)  # long enough for the two to meet
     result = tune(base, search)
     rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
     bad = rows["trial-000"]
@@ -190,3 +193,26 @@ def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_lo
     same = next(record for record in donor if record["step"] == first["step"] and "loss" in record)
     assert first["loss"] == same["loss"]  # one step further than the checkpoint, before the rates tell
     assert bad["metrics"][METRIC] > 0.9
+
+
+@pytest.mark.slow
+def test_hyperparameter_search_of_the_trainers(toy: Toy, tmp_path: Path, ray_local: None) -> None:
+    trainer = CPOTrainer(
+        str(toy.folder / "model"),
+        CPOConfig(
+            str(tmp_path / "out"), loss_type="simpo", cpo_alpha=0.5, bf16=False, use_cpu=True, max_steps=4,
+            learning_rate=1e-2, per_device_train_batch_size=4, max_length=128, report_to="none",
+        ),
+        train_dataset=str(toy.folder / "train.jsonl"),
+        eval_dataset=str(toy.folder / "eval.jsonl"),
+    )  # fmt: skip
+    best = trainer.hyperparameter_search(
+        hp_space=lambda _: {"beta": ray.tune.grid_search([0.5, 4.0])}, n_trials=2, scheduler="fifo"
+    )
+    summary: Any = best.run_summary
+    assert best.hyperparameters == {"beta": summary.point["loss.beta"]}
+    assert best.objective == summary.value
+    assert summary.trials == {"finished": 2}
+    config = TrainConfig.model_validate_json(Path(summary.folder, best.run_id, "config.json").read_text())
+    assert config.loss.beta == best.hyperparameters["beta"]
+    assert config.run.max_steps == 4
