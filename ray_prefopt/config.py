@@ -43,6 +43,8 @@ class LoraConfig(Config):
     """Divide lora_alpha by the square root of r instead (arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the magnitude of the weights apart from their direction (arXiv 2402.09353)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further options of peft's LoraConfig: `init_lora_weights`, `layers_to_transform`, `rank_pattern`, ..."""
 
 
 class CompileConfig(Config):

@@ -174,16 +174,17 @@ def _lora(peft_config: Any, *, is_encoder_decoder: bool | None) -> dict[str, Any
     known = tasks.values() if is_encoder_decoder is None else [tasks[is_encoder_decoder]]
     if values.get("task_type") in (None, *known):
         values.pop("task_type", None)
-    unknown = sorted(values.keys() - LoraConfig.model_fields.keys() - _BOOKKEEPING)
-    if unknown:
+    if "task_type" in values:
         raise ConfigError(
-            f"peft_config: {', '.join(unknown)} cannot be honoured; got {[values[name] for name in unknown]}: leave it "
-            f"out; {', '.join(LoraConfig.model_fields)} can be"
+            f"peft_config.task_type is {str(values['task_type'])!r}, but the model is trained as "
+            f"{' or '.join(known)}: leave it out"
         )
     targets = values["target_modules"]
+    ours = LoraConfig.model_fields.keys() - {"args"}
     return {
-        **{name: values[name] for name in LoraConfig.model_fields if name in values},
+        **{name: value for name, value in values.items() if name in ours},
         "target_modules": sorted(targets) if isinstance(targets, set | list | tuple) else targets,
+        "args": {name: value for name, value in values.items() if name not in ours | _BOOKKEEPING},
     }
 
 

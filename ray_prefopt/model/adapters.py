@@ -20,12 +20,11 @@ def attach_lora(model: Any, lora: LoraConfig, *, seed: int) -> nn.Module:
     """The model with low-rank adapters, everything else frozen. Raises ModelError when no module matches."""
     torch.manual_seed(seed)
     task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    options = {"task_type": task_type, **lora.model_dump(exclude={"args"}), **lora.args}
     try:
         # Adapters in the model's own precision: ZeRO refuses a mix.
-        return get_peft_model(
-            model, PeftLoraConfig(task_type=task_type, **lora.model_dump()), autocast_adapter_dtype=False
-        )
-    except ValueError as error:
+        return get_peft_model(model, PeftLoraConfig(**options), autocast_adapter_dtype=False)
+    except (TypeError, ValueError) as error:
         raise ModelError(f"model.lora: {first_line(error)}") from error
 
 

@@ -216,6 +216,16 @@ def test_options_of_the_adapter_reach_peft() -> None:
     assert "base_model.model.lm_head.modules_to_save.default.weight" in trained
 
 
+def test_options_that_only_peft_knows() -> None:
+    model = built(lora={"r": 4, "args": {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}}})
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all(".layers.1." in name for name in trained)
+    ranks = {name.split(".")[-4]: len(weight) for name, weight in trained.items() if "lora_A" in name}
+    assert (ranks["q_proj"], ranks["v_proj"]) == (2, 4)
+    with pytest.raises(ModelError, match=r"^model\.lora: .*unexpected keyword argument 'rang'"):
+        built(lora={"args": {"rang": 4}})
+
+
 def test_a_merged_model_is_the_same_without_adapters(tmp_path: Path) -> None:
     model, ids = built(lora={"r": 4}), torch.arange(8).view(1, 8)
     with torch.no_grad():
