@@ -132,14 +132,14 @@ class Trial(Trainable):
             time.sleep(0.2)
 
     def save_checkpoint(self, folder: str) -> None:
-        restored = self._pointer
         pointer = Pointer(self._own_name, self._run or self._own_name, self._point, self._saved)
-        if self._run is None and restored is not None:
-            pointer = restored
+        if self._run is None and self._pointer is not None:  # asked before it was begun again
+            pointer = self._pointer
         Path(folder, POINTER).write_text(json.dumps(asdict(pointer)))
 
     def load_checkpoint(self, folder: Any) -> None:
         self._pointer = Pointer(**json.loads(Path(folder, POINTER).read_text()))
+        self._saved = self._pointer.checkpoint
 
     @property
     def _storage_path(self) -> str:
