@@ -217,7 +217,8 @@ def test_options_of_the_adapter_reach_peft() -> None:
 
 
 def test_options_that_only_peft_knows() -> None:
-    model = built(lora={"r": 4, "args": {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}}})
+    args = {"layers_to_transform": [1], "rank_pattern": {"q_proj": 2}}
+    model = built(lora={"r": 4, "target_modules": ["q_proj", "v_proj"], "args": args})
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert all(".layers.1." in name for name in trained)
     ranks = {name.split(".")[-4]: len(weight) for name, weight in trained.items() if "lora_A" in name}
