@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -157,8 +158,8 @@ def load_model(
 
     Under `engine.zero.sharded_construction` each rank gets its shards alone. `seed` is that of random weights and
     adapters, so that all ranks and all engines start from the same. Quantized weights, which cannot be moved later, are
-    made on `device`; `dequantize` gives them back the precision of `dtype`, as rounded as they are. `blank` reads no
-    weights, since others are about to take their place. Raises ModelError when the model cannot be built whole.
+    made on `device`; `dequantize` gives them back the precision of `dtype`, as rounded as they are. `blank` reads all
+    but the weights, since others are about to take their place. Raises ModelError when the model cannot be built whole.
     """
     architecture = load_architecture(config)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
@@ -169,6 +170,7 @@ def load_model(
     torch.manual_seed(seed)
     if config.from_config is not None or blank:
         model = _random(config, architecture, options)
+        model.generation_config = _generation_config(config) or model.generation_config
     else:
         model = _pretrained(config, architecture, options)
     if quantized:
@@ -192,6 +194,16 @@ def _random(config: ModelConfig, architecture: PretrainedConfig, options: dict[s
         return kind.from_config(architecture, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
         raise ModelError(f"model.from_config ({architecture.model_type}): {first_line(error)}") from error
+
+
+def _generation_config(config: ModelConfig) -> GenerationConfig | None:
+    """The saved settings of `generate`, if there are any."""
+    if config.path is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
+    except OSError:
+        return None
 
 
 def _pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> Any:

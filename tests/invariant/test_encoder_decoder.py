@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ray_prefopt.training.export import export
-from ray_prefopt.training.loop import evaluate_worker
+from ray_prefopt.training.loop import Reports, evaluate_worker, train_worker
+from ray_prefopt.training.samples import Sample
 from tests.invariant.test_engines import assert_equal, compare
 from tests.invariant.training import PAIRS, STEPS, Curve, Inputs, curves, stop_at
 from tests.tiny import random_pairs, save_tiny_model, write_blocks
@@ -25,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero 3, lora": {"engine": "zero3", "lora": True},
     "zero 3, bf16": {"engine": "zero3", "dtype": "bfloat16"},
 }
+UNHEARD = Reports(*[lambda _: None] * 5)
 FEW = ("plain", "zero 2", "zero 3", "zero 3, lora")
 
 
@@ -97,6 +99,30 @@ def test_evaluation_from_a_checkpoint_is_that_of_the_run(runs: Any, split_inputs
     record = evaluate_worker(split_inputs.job(config, folder / "evaluated"), torch.device("cpu")).record
     expected = {name: value for name, value in found["plain"].evaluation.items() if name.startswith("eval_")}
     assert record == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_are_what_the_decoder_writes(split_inputs: Inputs, tmp_path: Path) -> None:
+    """With a top_k of 1 in the model's generation settings there is one completion: that of the exported model."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(split_inputs.model)
+    tokenizer = AutoTokenizer.from_pretrained(split_inputs.model)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
+    model.generation_config.forced_eos_token_id = None
+    model.generation_config.suppress_tokens = [*range(5), *range(len(tokenizer), 512)]  # those without a text
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = {"eval_samples": 2, "eval_sample_tokens": 5, "max_steps": 1}
+    job = split_inputs.job(
+        split_inputs.config(model={"path": str(tmp_path / "model")}, run=run), tmp_path / "run"
+    )
+    found: list[Sample] = []
+    train_worker(job, torch.device("cpu"), replace(UNHEARD, samples=found.extend))
+    trained = AutoModelForSeq2SeqLM.from_pretrained(export(str(tmp_path / "run"), str(tmp_path / "out")))
+    pairs = [random_pairs(7, seed=1)[index] for index in (0, 6)]
+    for sample, pair in zip(found, pairs, strict=True):
+        prompt = list(pair.chosen[: pair.chosen_start])
+        written = trained.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=5)[0]
+        assert sample["sample"] == tokenizer.decode(written, skip_special_tokens=True) != ""
+        assert sample["prompt"] == tokenizer.decode(prompt, skip_special_tokens=True)
 
 
 def test_exported_models_are_those_that_were_trained(
