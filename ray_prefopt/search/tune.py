@@ -260,12 +260,12 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
     driver = {"memory": 1.0}
     if search.scheduler in PAUSING:
         driver = {"node:__internal_head__": int(HEAD_SHARE * 1e4 / slots) / 1e4}
-    analysis = ray_tune.run(
+    ray_tune.run(
         ray_tune.with_parameters(Trial, task=task),
         name="tune",
         storage_path=folder,
         config=settings,
-        num_samples=1 if is_population else number_of_points(space, search) * len(_seeds(base, search)),
+        num_samples=1 if is_population else -1,  # the searcher says when it is at its end
         search_alg=search_alg,
         scheduler=make_scheduler(space, search),
         stop=Limits(search, recorder, base.run.num_workers),
@@ -280,7 +280,7 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
         resume="AUTO+ERRORED" if _has_snapshot(folder) else False,
         verbose=0,
     )
-    if any(trial.status not in ("TERMINATED", "ERROR") for trial in analysis.trials):
+    if any(row.status == "running" for row in recorder.rows.values()):  # Tune ends quietly on Ctrl-C
         raise KeyboardInterrupt
 
 
