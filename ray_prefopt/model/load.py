@@ -197,13 +197,15 @@ def _random(config: ModelConfig, architecture: PretrainedConfig, options: dict[s
 
 
 def _generation_config(config: ModelConfig) -> GenerationConfig | None:
-    """The saved settings of `generate`, if there are any."""
+    """The saved settings of `generate`, if there are any that transformers would save again."""
     if config.path is None:
         return None
     try:
-        return GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
-    except OSError:
+        found = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
+        found.validate(strict=True)
+    except (OSError, ValueError):
         return None
+    return found
 
 
 def _pretrained(config: ModelConfig, architecture: PretrainedConfig, options: dict[str, Any]) -> Any:

@@ -128,21 +128,24 @@ def test_settings_that_transformers_does_not_know_are_no_hindrance(base: str, tm
 
 
 def test_settings_of_generate_come_along(base: str, tmp_path: Path) -> None:
+    """Unless transformers refuses to save them."""
     shutil.copytree(base, tmp_path / "model")
-    for name, settings in (
-        ("with", {"eos_token_id": [5, 6], "temperature": 0.5, "do_sample": True}),
-        ("without", None),
-    ):
-        file = tmp_path / "model/generation_config.json"
+    file = tmp_path / "model/generation_config.json"
+    own = {"eos_token_id": loaded(base).config.eos_token_id}
+    given = {"eos_token_id": [5, 6], "temperature": 0.5, "do_sample": True}
+    cases = {
+        "kept": (given, given),
+        "contradictory": ({**given, "do_sample": False}, own),
+        "none": (None, own),
+    }
+    for name, (settings, expected) in cases.items():
         file.unlink()
         if settings is not None:
             file.write_text(json.dumps(settings))
         trained(tmp_path / name, config_of(str(tmp_path / "model")))
         export(str(tmp_path / name), str(tmp_path / f"{name}-out"))
         found = loaded(tmp_path / f"{name}-out").generation_config
-        for key, value in (settings or {"eos_token_id": loaded(base).config.eos_token_id}).items():
-            assert getattr(found, key) == value
-        file.touch()
+        assert {key: getattr(found, key) for key in expected} == expected
 
 
 def test_a_model_with_its_own_code_is_exported(
