@@ -11,12 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.training.export import export
-from tests.gang import run_gang
-from tests.invariant.test_engines import _shares
 from tests.invariant.training import Curve, Inputs, curves, stop_at
 
 IDS = torch.arange(20).view(2, 10)
-ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
+ENGINES = ("plain", "zero0", "zero2", "zero3")
 QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8 bits": {"load_in_8bit": True},
@@ -102,7 +100,9 @@ def test_every_engine_trains_and_resumes_on_quantized_weights(
     """With an evaluation after each step, which must leave the weights as they are."""
     run = {"eval_steps": 1}
     whole = inputs.config("plain", model={"lora": {"r": 4}})
-    jobs = {engine: inputs.job(quantized(inputs, kind, engine, run=run), tmp_path / engine) for engine in ENGINES}
+    jobs = {
+        engine: inputs.job(quantized(inputs, kind, engine, run=run), tmp_path / engine) for engine in ENGINES
+    }
     found = curves({**jobs, "whole": inputs.job(whole, tmp_path / "whole")}, 2)
     for engine in ENGINES:
         assert_same_losses(found[engine], found["plain"], rel=1e-5)
@@ -127,18 +127,18 @@ def test_every_engine_trains_and_resumes_on_quantized_weights(
     )
     adapted = PeftModel.from_pretrained(base, adapter).train()  # bitsandbytes is exact in training alone
     expected = adapted(IDS).logits
-    merged = AutoModelForCausalLM.from_pretrained(export(jobs["zero2"].folder, str(tmp_path / "merged"), merge=True))
+    merged = AutoModelForCausalLM.from_pretrained(
+        export(jobs["zero2"].folder, str(tmp_path / "merged"), merge=True)
+    )
     assert not getattr(merged.config, "quantization_config", None)
     assert {weight.dtype for weight in merged.parameters()} == {torch.float32}
-    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
 
 
 def test_half_precision_on_quantized_weights(inputs: Inputs, tmp_path: Path) -> None:
     kinds = {kind: quantized(inputs, kind, "plain") for kind in QUANTIZATIONS}
-    halves = {f"{kind}, half": quantized(inputs, kind, "zero2", dtype="bfloat16") for kind in QUANTIZATIONS}
+    halves = {f"{kind}, half": quantized(inputs, kind, "zero1", dtype="bfloat16") for kind in QUANTIZATIONS}
     jobs = {name: inputs.job(config, tmp_path / name) for name, config in {**kinds, **halves}.items()}
     found = curves(jobs, 2)
     for kind in QUANTIZATIONS:
         assert_same_losses(found[f"{kind}, half"], found[kind], rel=5e-3)
-
-
