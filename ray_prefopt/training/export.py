@@ -95,6 +95,7 @@ def _with_weights(
 ) -> nn.Module:
     """The model with these weights; with an adapter they are its own, on top of the base model's."""
     dtype = compute_dtype(config, load_architecture(config))
+    config = config.model_copy(update={"disable_dropout": False})  # it was off for this run alone
     model = load_model(config, dtype=dtype, seed=seed, blank=not config.has_adapter, dequantize=dequantize)
     try:
         _, unexpected = model.load_state_dict(weights, strict=False)

@@ -171,6 +171,14 @@ def test_a_model_with_its_own_code_is_exported(
     assert_same_weights(exported, model)
 
 
+def test_dropout_was_off_for_the_run_alone(base: str, tmp_path: Path) -> None:
+    settings = tiny_config("gpt2", resid_pdrop=0.25)
+    model: Any = trained(tmp_path / "run", config_of(base, path=None, from_config=settings, tokenizer=base))
+    assert model.config.resid_pdrop == 0.0
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert loaded(tmp_path / "out").config.resid_pdrop == 0.25
+
+
 def test_the_template_of_the_run_goes_with_the_model(base: str, tmp_path: Path) -> None:
     trained(tmp_path / "run", config_of(base, data={"chat_template": "{{ messages[0]['content'] }}!"}))
     export(str(tmp_path / "run"), str(tmp_path / "out"))
