@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import ray.train
 import torch
+from fsspec.core import url_to_fs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -63,7 +64,15 @@ from ray_prefopt.training.export import export, metrics_at
 from ray_prefopt.training.hooks import ComputeMetrics, Hooks
 from ray_prefopt.training.metrics import means
 from ray_prefopt.training.optimizers import PackedOptimizer
-from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, train
+from ray_prefopt.training.run import (
+    EvalResult,
+    TrainResult,
+    absolute,
+    evaluate,
+    resolved,
+    run_folder,
+    train,
+)
 
 
 class CPOTrainer:
@@ -164,7 +173,7 @@ class CPOTrainer:
         begun = time.perf_counter()
         with Pushes(self.args, self._card_details()) if self.args.push_to_hub else nullcontext() as observer:
             self._result = result = train(_changed(config, run=run), hooks=hooks, observer=observer)
-        records = [json.loads(line) for line in Path(result.folder, "metrics.jsonl").read_text().splitlines()]
+        records = _records(result.folder)
         self.state = TrainerState(
             epoch=result.metrics["epoch"],
             global_step=result.steps,
@@ -369,8 +378,8 @@ class CPOTrainer:
         """Fields of `run` that say where training begins; raises ConfigError for an older checkpoint of this run."""
         if not isinstance(resume, str):
             return {"force_new": resume is not True}
-        run = Path(self._config.run.storage_path, str(self._config.run.name)).absolute()
-        if run not in Path(resume).absolute().parents:
+        run = run_folder(resolved(self._config))
+        if not absolute(resume).startswith(f"{run}/"):
             return {"force_new": True, "resume_from": resume}
         newest = latest_checkpoint(f"{run}/checkpoints")
         if newest is None or Path(newest.path).name != Path(resume).name:
@@ -397,8 +406,9 @@ class CPOTrainer:
     def _exported(self) -> str:
         """Hugging Face folder of that checkpoint."""
         assert self._result is not None
-        if self._result.model is not None and self._checkpoint == self._result.checkpoint:
-            return self._result.model
+        folder = self._result.model
+        if folder is not None and "://" not in folder and self._checkpoint == self._result.checkpoint:
+            return folder
         return export(self._checkpoint, str(self._inputs / "trained"))
 
     def _take_weights(self) -> None:
@@ -426,7 +436,8 @@ class CPOTrainer:
         """Losses, chosen rewards and rejected rewards, each (B,), of the log-probabilities that the loss reads."""
         ones, zeros = torch.ones_like(policy_chosen_logps), torch.zeros_like(policy_chosen_logps)
         logps = PairLogps(policy_chosen_logps, policy_rejected_logps, ones, ones, zeros, zeros)
-        return pair_losses(self._config.loss, logps), *pair_rewards(self._config.loss, logps)
+        chosen, rejected = pair_rewards(self._config.loss, logps)
+        return pair_losses(self._config.loss, logps), chosen.detach(), rejected.detach()
 
     @staticmethod
     def get_batch_logps(
@@ -573,6 +584,12 @@ def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) ->
 
 def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+
+
+def _records(folder: str) -> list[dict[str, float]]:
+    """What a run has logged."""
+    fs, path = url_to_fs(folder)
+    return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
 
 
 def _summary(records: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:

@@ -97,7 +97,7 @@ def train(
     """
     config = resolved(config)
     _check(config, hooks)
-    folder = _folder(config)
+    folder = run_folder(config)
     if not config.run.force_new:
         config = _with_found_micro_batch(config, folder)
         _refuse_other_config(config, folder)
@@ -286,7 +286,7 @@ def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str,
 
 def _describe_run(config: TrainConfig) -> dict[str, Any]:
     run = config.run
-    folder = _folder(config)
+    folder = run_folder(config)
     blocks = find_blocks(config.data, config.model, config.data.train_sources, run.storage_path)
     total_steps = make_plan(config, blocks).total_steps if blocks else run.max_steps
     state = "new"
@@ -377,10 +377,10 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     run, model = config.run, config.model
     name = run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
-    storage = _absolute(run.storage_path)
-    resume_from = run.resume_from and _absolute(run.resume_from)
+    storage = absolute(run.storage_path)
+    resume_from = run.resume_from and absolute(run.resume_from)
     local = {
-        field: _absolute(path)
+        field: absolute(path)
         for field, path in (("path", model.path), ("tokenizer", model.tokenizer), ("adapter", model.adapter))
         if path is not None and Path(path).expanduser().is_dir()
     }
@@ -392,12 +392,12 @@ def resolved(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """The path as seen from anywhere on this machine; a URI is itself."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
-def _folder(config: TrainConfig) -> str:
+def run_folder(config: TrainConfig) -> str:
     return f"{config.run.storage_path}/{config.run.name}"
 
 

@@ -194,7 +194,7 @@ def test_collator_optimizer_and_ray_train_configs(model_folder: str, tmp_path: P
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             name="mine",
-            storage_path=str(tmp_path / "runs"),
+            storage_path=f"file://{tmp_path}/runs",  # as any URI
             failure_config=FailureConfig(max_failures=1),
             worker_runtime_env={"env_vars": {"OF_MINE": "1"}},
         ),
