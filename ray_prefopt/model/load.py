@@ -50,6 +50,11 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             f"model {config.path or config.from_config}: {architecture.model_type} does not say how its decoder "
             "starts; set decoder_start_token_id in its config (for T5, the id of the pad token)"
         )
+    if is_split and getattr(architecture, "output_router_logits", False):
+        raise ModelError(
+            f"model {config.path or config.from_config}: {architecture.model_type} does not tell the loss of its router "
+            "apart; set output_router_logits to false (model.overrides), and train without it"
+        )
     if config.disable_dropout:
         for name, value in architecture.to_dict().items():
             if "drop" in name and isinstance(value, float):

@@ -304,6 +304,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"t5 does not say how its decoder starts; set decoder_start_token_id in its config \(for T5, the id of the pad "
         r"token\)",
     ),
+    "an encoder-decoder with a router": (
+        lambda folder: (folder / "config.json").write_text(
+            '{"model_type": "switch_transformers", "decoder_start_token_id": 0, "output_router_logits": true}'
+        ),
+        r"switch_transformers does not tell the loss of its router apart; set output_router_logits to false "
+        r"\(model\.overrides\), and train without it",
+    ),
     "own code": (
         with_own_code,
         r"it comes with its own code; read that code, then set model\.trust_remote_code: true",
