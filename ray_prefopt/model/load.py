@@ -52,8 +52,8 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
         )
     if is_split and getattr(architecture, "output_router_logits", False):
         raise ModelError(
-            f"model {config.path or config.from_config}: {architecture.model_type} does not tell the loss of its router "
-            "apart; set output_router_logits to false (model.overrides), and train without it"
+            f"model {config.path or config.from_config}: {architecture.model_type} does not tell the loss of its "
+            "router apart; set output_router_logits to false (model.overrides), and train without it"
         )
     if config.disable_dropout:
         for name, value in architecture.to_dict().items():
