@@ -118,6 +118,7 @@ class CPOTrainer:
         self.state = TrainerState()
         self._inputs = Path(str(self.args.output_dir)).absolute() / "inputs"
         self._train, self._eval = train_dataset, eval_dataset
+        own_optimizer = _own_optimizer(optimizers, self.model, peft_config)
         cluster = run_values(scaling_config, run_config)
         self._translated = partial(
             to_train_config,
@@ -141,7 +142,7 @@ class CPOTrainer:
             repack=None
             if data_collator is None
             else partial(repacked, data_collator, is_encoder_decoder=self.is_encoder_decoder),
-            own_optimizer=_own_optimizer(optimizers, self.model, peft_config),
+            own_optimizer=own_optimizer,
         )
         if self.processing_class is None:
             self.processing_class = load_tokenizer(self._config.model)
