@@ -41,7 +41,7 @@ from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.run import MAY_CHANGE, NO_HOOKS, describe, prepare_data, resolved
 from ray_prefopt.training.workers import start_ray
 
-CONFIG, BEST, STUDY = "search.yaml", "best_config.yaml", "study.db"
+CONFIG, BEST, STUDY, SUMMARY = "search.yaml", "best_config.yaml", "study.db", "summary.json"
 JOINING_S = 20.0
 """Longest wait for nodes to join a cluster that is too small for a trial, unless run.resource_timeout_s is set."""
 MAY_CHANGE_IN_SEARCH = {"trials", "max_concurrent", "max_hours", "max_worker_hours", "plateau", "min_gain"}
@@ -97,7 +97,7 @@ def tune(
     config = named(config)
     space = make_space(config, search)
     metric, prefix = check_metric(config, search, set(space.dimensions))
-    describe(config)
+    _describe_trial(config)
     folder = f"{config.run.storage_path}/{config.run.name}"
     _claim(folder, config, search, resume=resume)
     start_ray()
@@ -123,7 +123,7 @@ def describe_search(config: TrainConfig, search: SearchConfig) -> dict[str, Any]
     config = named(config)
     space = make_space(config, search)
     metric, _ = check_metric(config, search, set(space.dimensions))
-    plan = describe(config)
+    plan = _describe_trial(config)
     dimensions = {name: item.model_dump(exclude_defaults=True) for name, item in space.dimensions.items()}
     return {
         "search": {
@@ -140,6 +140,12 @@ def describe_search(config: TrainConfig, search: SearchConfig) -> dict[str, Any]
 
 
 # --- Before the trials ---
+
+
+def _describe_trial(config: TrainConfig) -> dict[str, Any]:
+    """What `train` would do, but for its folder. Raises what it would raise before it asks for workers."""
+    run = config.run.model_copy(update={"name": f"{config.run.name}/trial"})
+    return describe(config.model_copy(update={"run": run}))
 
 
 def named(config: TrainConfig) -> TrainConfig:
@@ -370,7 +376,7 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
         trials=dict(Counter(row.status for row in rows)),
         seconds=round(time.monotonic() - begun, 1),
     )
-    write_text(fs, f"{path}/result.json", json.dumps(asdict(result), indent=1))
+    write_text(fs, f"{path}/{SUMMARY}", json.dumps(asdict(result), indent=1))
     return result
 
 
