@@ -181,7 +181,7 @@ def small(tmp_path: Path, **arguments: Any) -> CPOTrainer:
     [
         ({"model": None}, "model, model_init: give one of the two"),
         ({"model_init": tiny_model}, "model, model_init: give one of the two"),
-        ({"model": 3}, "model: got int; give a path, a hub id, or a PreTrainedModel"),
+        ({"model": 3}, "model: got int; give a path, a hub id, a PreTrainedModel or a PeftModel"),
         (
             {"processing_class": None},
             "processing_class: got none, and a model made in memory names no tokenizer",
