@@ -377,7 +377,8 @@ def _print_result(result: Any, out: TextIO, *, as_json: bool) -> None:
 def _plain(value: Any) -> Any:
     """The value in JSON's types; NaN and infinities, which JSON lacks, become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        shown = [field.name for field in dataclasses.fields(value) if field.repr]
+        return {name: _plain(getattr(value, name)) for name in shown}
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):

@@ -81,7 +81,7 @@ class EvalResult:
     pairs: dict[str, int]
     """Of each evaluation set by its name; an unnamed one is `eval`."""
     metrics: Record
-    predictions: dict[str, EvalPrediction] = field(default_factory=dict)
+    predictions: dict[str, EvalPrediction] = field(default_factory=dict, repr=False)
     """Of each set, when hooks.keep_predictions asks for them."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 import yaml
+from transformers import EvalPrediction
 
 import ray_prefopt.training.export  # noqa: F401  for monkeypatch to find: the command imports it when it runs
 from ray_prefopt import __version__
@@ -20,7 +21,7 @@ from ray_prefopt.errors import DataError, ResourceError, TrainingError
 from ray_prefopt.help import default_text, flag_form
 from ray_prefopt.options import options
 from ray_prefopt.settings import config_schema, dump_yaml, load_config
-from ray_prefopt.training.run import resolved
+from ray_prefopt.training.run import EvalResult, resolved
 
 FLAGS = Path(__file__).with_name("flags.txt")
 GIVEN = ["--model.path", "m", "--data.train", "a.jsonl"]
@@ -289,6 +290,13 @@ def test_train_hands_over_the_config_and_prints_the_result(
     assert yaml.safe_load(out) == {"name": "x", "metrics": {"loss": None, "step": 3}, "model": "runs/x"}
     assert err == "simpo on m: 1 x CPU, ZeRO 2, 128 pairs per step\n"
     assert json.loads(call("train", "-c", "run.yaml", "--json")[1]) == yaml.safe_load(out)
+
+
+def test_predictions_are_not_printed(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = EvalResult("m", {"eval": 3}, {"eval_loss": 1.5}, {"eval": EvalPrediction([[1.0, 2.0]], [0])})
+    monkeypatch.setattr("ray_prefopt.training.run.evaluate", lambda _: result)
+    _, out, _ = call("evaluate", "org/name", "--data.eval", "e.jsonl", "--json")
+    assert json.loads(out) == {"model": "m", "pairs": {"eval": 3}, "metrics": {"eval_loss": 1.5}}
 
 
 def test_evaluate_takes_the_model_as_an_argument(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
