@@ -255,10 +255,11 @@ class CPOTrainer:
             **settings,
         )
         pairs = pairs_source(self._train, self._inputs / "train")
-        config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
+        config = self._translated(data={"train": pairs})
+        data = {"eval": self._eval_sources(self._eval)}  # whatever args.eval_strategy says
         run = {"name": hp_name(None) if hp_name else f"{config.run.name}-search", "force_new": True}
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
-        result = tune(_changed(config, run=run), search, hooks=hooks)
+        result = tune(_changed(config, data=data, run=run), search, hooks=hooks)
         found = named_back(result.point, hp_space(None), self.args) if hp_space else result.point
         return BestRun(result.trial, result.value, found, result)
 

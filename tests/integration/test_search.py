@@ -170,10 +170,10 @@ def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_lo
             "points": [{"optim.learning_rate": 1e-7}, {"optim.learning_rate": 1e-2}],
             "trials": 2,
             "scheduler": "pbt",
-            "grace": 0.25,
+            "grace": 0.4,
         }
     )
-    base = config(toy, tmp_path, eval_steps=0.25, epochs=40)  # long enough for the two to meet
+    base = config(toy, tmp_path, eval_steps=0.4, epochs=30)  # long enough for the two to meet
     result = tune(base, search)
     rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
     bad = rows["trial-000"]
