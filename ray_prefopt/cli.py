@@ -185,7 +185,7 @@ COMMANDS = {
     ),
     "tune": Command(
         _tune,
-        "Search for the best beta, margin, weights or any other field, in a space of yours or a published one.",
+        "Search for the best values of any fields, in a space of yours or a published one.",
         f"[--resume] {_CONFIG_USAGE}",
         (
             _CONFIG,

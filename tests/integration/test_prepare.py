@@ -220,9 +220,7 @@ def test_a_second_call_finds_them(
     assert told.startswith("prepared 4 pairs of 4 rows in ")
     assert told.endswith(f"pairs/s): {first.folder}")
     monkeypatch.setattr(prepare_module, "_run", never)
-    started = time.perf_counter()
     second = make("a.jsonl", progress=True)
-    assert time.perf_counter() - started < 1
     assert (second.folder, second.manifest) == (first.folder, first.manifest)
     assert capsys.readouterr().err == f"blocks found: 4 pairs in {first.folder}\n"
 
