@@ -67,7 +67,7 @@ where workers read it.
 `get_batch_logps`, `concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL.
 After `train()`, `trainer.model` holds the
 trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
-to go on."""
+to go on."""  # noqa: E501  # rows of a table
 
 
 def page() -> str:
