@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ray_prefopt.config import TrainConfig
+from ray_prefopt.engine.build import build_engine
 from ray_prefopt.training.export import export
+from tests.gang import run_gang
 from tests.invariant.training import Curve, Inputs, curves, stop_at
 
 IDS = torch.arange(20).view(2, 10)
@@ -142,3 +144,23 @@ def test_half_precision_on_quantized_weights(inputs: Inputs, tmp_path: Path) -> 
     found = curves(jobs, 2)
     for kind in QUANTIZATIONS:
         assert_same_losses(found[f"{kind}, half"], found[kind], rel=5e-3)
+
+
+def _shares(config: TrainConfig) -> list[tuple[torch.dtype, int, int]]:
+    """Of each quantized weight: how it is stored, what this rank holds of it, and its whole size."""
+    engine = build_engine(config, total_steps=1, device=torch.device("cpu"))
+    weights: list[Any] = [
+        weight for name, weight in engine.module.named_parameters() if name.endswith("base_layer.weight")
+    ]
+    return [(weight.dtype, weight.ds_tensor.numel(), weight.ds_numel) for weight in weights]
+
+
+def test_stage_3_shards_quantized_weights(inputs: Inputs) -> None:
+    config = quantized(inputs, "4 bits", "zero3")
+    every = {
+        "zero_optimization": {"stage3_param_persistence_threshold": 0}
+    }  # small weights stay whole otherwise
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": every})})
+    for shares in run_gang(2, _shares, config):
+        assert len(shares) == 14  # seven projections in each of two layers
+        assert all(stored == torch.uint8 and share == whole / 2 for stored, share, whole in shares)
