@@ -51,7 +51,7 @@ class CompileConfig(Config):
     """torch.compile, with its own option names."""
 
     backend: str = "inductor"
-    """What makes the code: `inductor`, `aot_eager`, `cudagraphs`, ...; torch's default is inductor."""
+    """What makes the code: `inductor`, `aot_eager`, `cudagraphs`, ..."""
     mode: str | None = None
     """How much inductor tries: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`."""
 

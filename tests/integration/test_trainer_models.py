@@ -9,7 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ray_prefopt import CPOConfig, CPOTrainer
+from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ModelError
+from ray_prefopt.training.run import describe, resolved
 from tests.integration.test_trainer import SMALL, TWO_WORKERS, chats
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -103,6 +105,21 @@ def test_an_untrained_peft_model_is_saved_as_its_adapter(tmp_path: Path) -> None
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved").eval()
     ids = torch.arange(20).view(2, 10)
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_what_is_trained_is_named_before(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an adapter in a folder is found by workers wherever they run."""
+    adapted().save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    data = {"train": []}
+    config = TrainConfig(model={"path": model_folder, "adapter": "mine"}, data=data)
+    assert resolved(config).model.adapter == str(tmp_path / "mine")
+    assert describe(config)["model"]["trained"] == f"the LoRA adapter {tmp_path}/mine"
+    config = TrainConfig(model={"path": model_folder, "lora": {"r": 3}}, data=data)
+    assert describe(config)["model"]["trained"] == "LoRA adapters of rank 3"
+    assert describe(TrainConfig(model={"path": model_folder}, data=data))["model"]["trained"] == "all weights"
 
 
 def test_a_quantized_model_in_memory_needs_an_adapter(model_folder: str, tmp_path: Path) -> None:
