@@ -208,3 +208,48 @@ def test_ten_steps_on_conversations_equal_those_of_trl(loss: str, tmp_path: Path
     their.train()
     records, weights = trained_here(our, rows, tmp_path)
     assert_same_run(records, weights, their)
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("loss_type", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0)]
+)
+def test_the_formulas_of_the_simpo_document(
+    loss_type: str, label_smoothing: float, sft_weight: float, model_folder: str, tmp_path: Path
+) -> None:
+    """Those of princeton-nlp/SimPO, written out: mean log-probabilities of the completion, sequence by sequence."""
+    beta, gamma_beta_ratio = 2.5, 0.55
+    trainer = ours.SimPOTrainer(
+        model=model_class(AutoConfig.from_pretrained(model_folder)).from_pretrained(
+            model_folder, dtype=torch.float32
+        ),
+        args=ours.SimPOConfig(
+            output_dir=str(tmp_path), beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type=loss_type,
+            label_smoothing=label_smoothing, sft_weight=sft_weight, use_cpu=True,
+        ),
+        tokenizer=AutoTokenizer.from_pretrained(model_folder),
+    )  # fmt: skip
+    rows = [trainer.tokenize_row(row) for row in plain_rows(5)]
+
+    def token_logps(row: dict[str, Any], side: str) -> torch.Tensor:
+        ids, labels = (torch.tensor([row[f"{side}_{name}"]]) for name in ("input_ids", "labels"))
+        logps = trainer.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        targets = labels[:, 1:]
+        return logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)[targets != -100]
+
+    chosen, rejected = ([token_logps(row, side) for row in rows] for side in ("chosen", "rejected"))
+    means = [torch.stack([each.mean() for each in side]) for side in (chosen, rejected)]
+    margins = beta * (means[0] - means[1] - gamma_beta_ratio)
+    losses = torch.relu(1 - margins)
+    if loss_type == "sigmoid":
+        log_odds = torch.nn.functional.logsigmoid
+        losses = -(1 - label_smoothing) * log_odds(margins) - label_smoothing * log_odds(-margins)
+    expected = losses.mean() - sft_weight * torch.cat(chosen).mean()
+
+    batch = DPODataCollatorWithPadding(pad_token_id=0)(rows)
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert metrics["rewards/chosen"] == pytest.approx(beta * means[0].mean().item(), rel=1e-5)
+    assert metrics["rewards/margins"] == pytest.approx(beta * (means[0] - means[1]).mean().item(), rel=1e-4)
+    assert metrics["logps/rejected"] == pytest.approx(means[1].mean().item(), rel=1e-5)
+    torch.testing.assert_close(trainer.simpo_loss(*means)[0], losses, rtol=1e-5, atol=1e-6)
