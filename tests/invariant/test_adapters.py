@@ -139,7 +139,7 @@ def test_every_engine_trains_and_resumes_on_quantized_weights(
 
 def test_half_precision_on_quantized_weights(inputs: Inputs, tmp_path: Path) -> None:
     kinds = {kind: quantized(inputs, kind, "plain") for kind in QUANTIZATIONS}
-    halves = {f"{kind}, half": quantized(inputs, kind, "zero1", dtype="bfloat16") for kind in QUANTIZATIONS}
+    halves = {f"{kind}, half": quantized(inputs, kind, "zero2", dtype="bfloat16") for kind in QUANTIZATIONS}
     jobs = {name: inputs.job(config, tmp_path / name) for name, config in {**kinds, **halves}.items()}
     found = curves(jobs, 2)
     for kind in QUANTIZATIONS:
