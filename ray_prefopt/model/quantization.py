@@ -54,11 +54,23 @@ def check_quantization(config: ModelConfig, architecture: PretrainedConfig) -> N
             raise ModelError(f"{model} already; leave out model.quantization")
         if not config.has_adapter:
             raise ModelError(f"{model}, and stay as they are; set model.lora to train adapters on them")
+    if (stored := _storage(config, architecture)) != "uint8":
+        raise ModelError(
+            f"model {config.path}: bnb_4bit_quant_storage is {stored}, which a change of precision would garble; leave "
+            "it out: every stage shards uint8"
+        )
     if is_quantized(config, architecture) and not is_bitsandbytes_available():
         raise ModelError(
             f"model {config.path}: quantized weights need bitsandbytes, which is not installed here; "
             "run pip install 'ray-prefopt[quantization]' on all nodes"
         )
+
+
+def _storage(config: ModelConfig, architecture: PretrainedConfig) -> str:
+    """The dtype that stands for the bits of 4-bit weights."""
+    saved = getattr(architecture, "quantization_config", None)
+    options = config.quantization or (saved if isinstance(saved, Mapping) else {})
+    return str(options.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
 
 
 def loading_options(

@@ -205,6 +205,18 @@ def test_other_methods_are_refused(base: str, tmp_path: Path) -> None:
     )
 
 
+def test_bits_are_stored_as_integers(base: str, tmp_path: Path) -> None:
+    """Else `.to(float32)` would take their patterns for numbers."""
+    text = (
+        "bnb_4bit_quant_storage is bfloat16, which a change of precision would garble; leave it out: every stage "
+        "shards uint8"
+    )
+    storage = {"bnb_4bit_quant_storage": "bfloat16"}
+    assert refusal(ModelConfig(path=base, quantization=NF4 | storage, lora={})) == f"model {base}: {text}"
+    saved = quantized_by("bitsandbytes", base, tmp_path, **NF4, **storage)
+    assert refusal(ModelConfig(path=saved, lora={})) == f"model {saved}: {text}"
+
+
 def test_without_bitsandbytes_nothing_is_quantized(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     assert refusal(ModelConfig(path=base, quantization=NF4, lora={})) == (
