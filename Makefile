@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check lint unit format clean
+.PHONY: install demo test soak check lint unit format clean
 
 install: $(INSTALLED)
 
@@ -23,7 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/ray-prefopt demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak
 
 check: lint unit
 

@@ -147,6 +147,7 @@ def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_a_search(tmp_path: Path, ray_local: None) -> None:
     flags = [f"--run.storage_path={tmp_path}", "--run.max_steps=2", "--search.trials=2"]
     config = load_tune_config([EXAMPLES / "search.yaml"], flags)

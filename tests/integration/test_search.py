@@ -125,7 +125,7 @@ def test_a_plan_without_ray(toy: Toy, tmp_path: Path) -> None:
     assert not Path(tmp_path, "sweep").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> None:
     """Killed when one trial is finished and another has saved: the first stays, the second goes on from there."""
     path = tmp_path / "search.yaml"
@@ -161,7 +161,7 @@ def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> N
     assert len(done.stderr.splitlines()) < 60
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_local: None) -> None:
     """Two trials: a learning rate that learns nothing copies the one that does, weights and all."""
     search = SearchConfig.model_validate(
@@ -195,7 +195,7 @@ def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_lo
     assert bad["metrics"][METRIC] > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_hyperparameter_search_of_the_trainers(toy: Toy, tmp_path: Path, ray_local: None) -> None:
     trainer = CPOTrainer(
         str(toy.folder / "model"),
