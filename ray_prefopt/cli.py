@@ -10,12 +10,14 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -93,6 +95,121 @@ def _export(args: argparse.Namespace) -> Any:
     return {"exported": str(args.out)}
 
 
+def _submit(args: argparse.Namespace) -> Any:
+    files, parcel = _parcel(args)
+    from ray_prefopt.submit import Jobs, Parcel
+
+    jobs = Jobs(args.address)
+    job = jobs.submit(Parcel(files=files, **parcel))
+    _note(
+        f"job {job}: ray-prefopt status, logs --follow and stop know it by this name, and as {parcel['run']}"
+    )
+    return _follow(jobs, job) if args.wait else jobs.status(job)[0]
+
+
+def _status(args: argparse.Namespace) -> Any:
+    from ray_prefopt.submit import Jobs
+
+    return Jobs(args.address).status(args.name)
+
+
+def _stop(args: argparse.Namespace) -> Any:
+    from ray_prefopt.submit import Jobs
+
+    return Jobs(args.address).stop(args.name)
+
+
+def _logs(args: argparse.Namespace) -> Any:
+    from ray_prefopt.submit import Jobs
+
+    jobs = Jobs(args.address)
+    return _follow(jobs, args.name) if args.follow else jobs.logs(args.name)
+
+
+def _follow(jobs: Any, name: str) -> Any:
+    """The status of a job at its end, or when Ctrl-C ends the following of it."""
+    try:
+        return jobs.follow(name, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        _note(f"{name} goes on without being followed: ray-prefopt logs --follow {name}")
+        return jobs.status(name)[0]
+
+
+def _parcel(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any]]:
+    """What a job brings and runs, after the checks that need no cluster."""
+    if not args.job:
+        raise ConfigError("nothing to submit: give a command after --, as in submit -- train -c run.yaml")
+    name, *given = args.job
+    if name not in SUBMITTABLE:
+        raise ConfigError(f"{name} cannot be submitted; what can is {', '.join(SUBMITTABLE)}")
+    inner = _parse(name, given)
+    load = load_tune_config if name == "tune" else load_config
+    model = [f"--model.path={inner.model}"] if getattr(inner, "model", None) else []
+    base: dict[str, Any] | None = {"data": {"train": []}} if name == "evaluate" else None
+    config = load(inner.config, [*inner.flags, *model], base)
+    if "://" not in config.run.storage_path and not os.path.isabs(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path {config.run.storage_path} would be in a folder that goes with the job: "
+            "give a path or URI that all nodes see"
+        )
+    files = {f"config-{index}{path.suffix}": path for index, path in enumerate(inner.config)}
+    own = [word for word in split_flags(given)[0] if word != "--"]
+    command = [name, *_with_files(own, list(files)), *inner.flags]
+    run = config.run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    if name in ("train", "tune"):
+        command += [] if config.run.name else [f"--run.name={run}"]
+        command += ["--resume"] if name == "tune" and not inner.resume else []
+    else:
+        run = f"{run}-{name}"
+    return files, {
+        "run": run,
+        "command": command,
+        "wheel": args.wheel,
+        "folder": args.working_dir,
+        "env": _environment(args.env),
+        "num_cpus": args.cpus,
+        "resources": _resources(args.resources),
+    }
+
+
+def _with_files(words: Sequence[str], names: list[str]) -> list[str]:
+    """The arguments of a command with other names for its config files, in their order."""
+    renamed: list[str] = []
+    for word in words:
+        if renamed and renamed[-1] in ("-c", "--config"):
+            renamed.append(names.pop(0))
+        elif word.startswith("--config="):
+            renamed += ["--config", names.pop(0)]
+        elif re.match("-c.", word):
+            renamed += ["-c", names.pop(0)]
+        else:
+            renamed.append(word)
+    return renamed
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    env = {}
+    for pair in pairs:
+        name, has_value, value = pair.partition("=")
+        if not has_value:
+            raise ConfigError(f"--env {pair} has no value: --env NAME=VALUE")
+        if re.search("token|secret|password|credential|key$", name, re.IGNORECASE):
+            raise ConfigError(
+                f"--env {name}: everybody who reaches the cluster's job server can read what a job brings; "
+                "set secrets in the environment of the nodes"
+            )
+        env[name] = value
+    return env
+
+
+def _resources(text: str | None) -> dict[str, float]:
+    try:
+        resources = json.loads(text or "{}")
+        return {str(name): float(number) for name, number in resources.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(f"--resources must be JSON such as '{{\"driver\": 1}}'; got {text!r}") from None
+
+
 def _config(args: argparse.Namespace) -> Any:
     if args.what == "schema":
         schema = config_schema()
@@ -139,6 +256,8 @@ class Command:
     usage: str
     arguments: tuple[Argument, ...] = ()
     sections: tuple[str, ...] = ()
+    takes_command: bool = False
+    """Whether the command line of another command follows after `--`."""
 
     def parser(self, name: str) -> argparse.ArgumentParser:
         parser = _Parser(
@@ -167,6 +286,11 @@ _DRY_RUN = _argument(
     action="store_true",
     help="Check everything that can be known beforehand, print the plan, and stop.",
 )
+_ADDRESS = _argument(
+    "--address",
+    metavar="URL",
+    help="Of the cluster's dashboard; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, when not given.",
+)
 _ALL = (
     _argument("--json", action="store_true", help="Result or error as JSON on stdout, all else on stderr."),
     _argument("-v", "--verbose", action="store_true", help="Show the traceback of an error."),
@@ -174,6 +298,8 @@ _ALL = (
 )
 _CONFIG_USAGE = "[-c FILE]... [--section.field VALUE]..."
 _RUN_SECTIONS = tuple(name for name in sections() if name != "search")
+
+SUBMITTABLE = ("train", "tune", "tokenize", "evaluate")
 
 COMMANDS = {
     "train": Command(
@@ -230,6 +356,59 @@ COMMANDS = {
             ),
         ),
     ),
+    "submit": Command(
+        _submit,
+        "Run a command as a job of a Ray cluster; a run of the same name is resumed.",
+        "[--wait] [--wheel FILE] [--working-dir DIR] [--env NAME=VALUE]... -- train|tune|tokenize|evaluate ...",
+        (
+            _ADDRESS,
+            _argument("--wait", action="store_true", help="Print what the job prints until it ends."),
+            _argument(
+                "--wheel",
+                metavar="FILE",
+                type=Path,
+                help="Of this package, for nodes that have none or another.",
+            ),
+            _argument(
+                "--working-dir",
+                metavar="DIR",
+                type=Path,
+                help="Folder that the job brings along, and runs in.",
+            ),
+            _argument(
+                "--env",
+                metavar="NAME=VALUE",
+                action="append",
+                default=[],
+                help="Environment variable of the job; no secrets, which belong into the nodes' environment.",
+            ),
+            _argument("--cpus", metavar="N", type=float, help="CPUs to reserve for the driver."),
+            _argument("--resources", metavar="JSON", help="Further resources to reserve for the driver."),
+        ),
+        takes_command=True,
+    ),
+    "status": Command(
+        _status,
+        "Show the jobs of a Ray cluster, or one of them.",
+        "[NAME] [--address URL]",
+        (_argument("name", nargs="?", metavar="NAME", help="Name of a run, or id of a job."), _ADDRESS),
+    ),
+    "logs": Command(
+        _logs,
+        "Print what a job has printed.",
+        "[--follow] NAME [--address URL]",
+        (
+            _argument("name", metavar="NAME", help="Name of a run, or id of a job."),
+            _argument("--follow", action="store_true", help="Go on until the job ends."),
+            _ADDRESS,
+        ),
+    ),
+    "stop": Command(
+        _stop,
+        "End a job; a run of the same name goes on from its last checkpoint.",
+        "NAME [--address URL]",
+        (_argument("name", metavar="NAME", help="Name of a run, or id of a job."), _ADDRESS),
+    ),
     "config": Command(
         _config,
         "Show the config that files and flags amount to, or the JSON Schema of config files.",
@@ -266,13 +445,17 @@ def _parse(name: str, given: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command, with the flags of config fields as a list in `flags`. Raises ConfigError."""
     command = COMMANDS[name]
     parser = command.parser(name)
+    job: Sequence[str] = ()
+    if command.takes_command and "--" in given:
+        end = given.index("--")
+        given, job = given[:end], given[end + 1 :]
     own, flags = split_flags(given)
     args, unknown = parser.parse_known_args(own)
     if unknown:
         raise ConfigError(_not_an_argument(unknown[0], parser, reads_config=bool(command.sections)))
     if flags and not command.sections:
         raise ConfigError(f"{flags[0].partition('=')[0]} is a config field; {parser.prog} reads no config")
-    args.flags = flags
+    args.flags, args.job = flags, list(job)
     return args
 
 

@@ -24,6 +24,7 @@ OWNERS = {
         "ray_prefopt.compat.trainer",
         "ray_prefopt.data.prepare",
         "ray_prefopt.data.sources",
+        "ray_prefopt.submit",
         "ray_prefopt.training",
         "ray_prefopt.search",
         "ray_prefopt.compat",

@@ -72,6 +72,10 @@ def test_overview(call: Call) -> None:
         "  tokenize  Make the token blocks that training reads; a later run finds them.",
         "  evaluate  Measure a model on held-out pairs.",
         "  export    Write a checkpoint as a Hugging Face folder.",
+        "  submit    Run a command as a job of a Ray cluster; a run of the same name is resumed.",
+        "  status    Show the jobs of a Ray cluster, or one of them.",
+        "  logs      Print what a job has printed.",
+        "  stop      End a job; a run of the same name goes on from its last checkpoint.",
         "  config    Show the config that files and flags amount to, or the JSON Schema of config files.",
         "  demo      Train a tiny model on this machine, offline, in minutes.",
         "",
@@ -204,7 +208,8 @@ def test_what_needs_no_model_loads_no_heavy_library(arguments: list[str]) -> Non
         ("trian", "trian is not a command of ray-prefopt. Did you mean train?"),
         (
             "zzz",
-            "zzz is not a command of ray-prefopt. They are train, tune, tokenize, evaluate, export, config, demo",
+            "zzz is not a command of ray-prefopt. They are train, tune, tokenize, evaluate, export, submit, status, "
+            "logs, stop, config, demo",
         ),
         ("--verison", "--verison is not a command of ray-prefopt. Did you mean --version?"),
         ("train --dryrun", "--dryrun is not an option of ray-prefopt train. Did you mean --dry-run?"),

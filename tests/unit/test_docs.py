@@ -90,7 +90,9 @@ def test_fields_exist(page: Path) -> None:
 def is_file_or_key(name: str) -> bool:
     """`model.safetensors`; a key inside of a mapping such as engine.deepspeed."""
     parent = name.rpartition(".")[0]
-    return name.endswith((".safetensors", ".jsonl", ".yaml")) or (parent in options() and options()[parent].is_mapping)
+    return name.endswith((".safetensors", ".jsonl", ".yaml")) or (
+        parent in options() and options()[parent].is_mapping
+    )
 
 
 def test_the_page_of_all_fields_is_up_to_date() -> None:
@@ -131,6 +133,10 @@ def test_configs_load(fence: Fence, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", list(commands()))
 def test_command_lines_parse(words: list[str]) -> None:
     name, *given = words
+    if COMMANDS[name].takes_command:
+        end = given.index("--")
+        test_command_lines_parse(given[end + 1 :])
+        given = given[:end]
     own, flags = split_flags(given)
     args = COMMANDS[name].parser(name).parse_args(own)
     if COMMANDS[name].sections:
@@ -140,7 +146,9 @@ def test_command_lines_parse(words: list[str]) -> None:
             base = {"data": {"train": []}}
             flags += [f"--model.path={args.model or 'some/model'}"]
         if name == "tune":
-            load_tune_config(own_files, flags, base=base if own_files else {**BASE, "search": {"preset": "simpo"}})
+            load_tune_config(
+                own_files, flags, base=base if own_files else {**BASE, "search": {"preset": "simpo"}}
+            )
         else:
             load_config(own_files, flags, base=base)
     else:

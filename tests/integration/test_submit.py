@@ -1,0 +1,196 @@
+"""Runs as jobs of a real Ray head with its job server on this machine, asked for with a token."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.conftest import Toy
+from tests.kustomize import render
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "0123456789abcdef" * 4
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of three CPUs, whose jobs' driver has none of them."""
+
+    address: str
+
+    def call(self, *words: str, token: str = TOKEN, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ray_prefopt", words[0], "--address", self.address, *words[1:]],
+            cwd=ROOT, env=environment(token), capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    def result(self, *words: str) -> dict[str, str]:
+        done = self.call(words[0], "--json", *words[1:])
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        return dict(found[0] if isinstance(found, list) else found)
+
+
+def environment(token: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    python = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    token_of_ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    return {**kept, **token_of_ray, "PATH": python, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+             "metrics-export-port", "runtime-env-agent-port", "ray-client-server-port", "node-manager-port",
+             "object-manager-port")  # fmt: skip
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    out = tmp_path_factory.mktemp("head") / "out"
+    with out.open("w") as log:
+        process = subprocess.Popen(
+            [
+                *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"),
+                *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--num-cpus", "3"),
+                *("--object-store-memory", str(128 * 2**20)),
+                *(f"--{name}={port}" for name, port in ports.items()),
+            ],
+            cwd=ROOT, env=environment(TOKEN), stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    cluster = Head(f"http://127.0.0.1:{ports['dashboard-port']}")
+    try:
+        wait(lambda: process.poll() is not None or cluster.call("status").returncode == 0, seconds=120)
+        assert process.poll() is None, out.read_text()
+        yield cluster
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait(condition: Callable[[], bool], *, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.5)
+
+
+def is_over(head: Head, run: str) -> bool:
+    return head.result("status", run)["status"] not in ("PENDING", "RUNNING")
+
+
+def write_config(toy: Toy, folder: Path, **run: object) -> list[str]:
+    values = toy.values(num_workers=1, storage_path=str(folder / "runs"), **run)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return ["-c", str(path)]
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_run_goes_on_under_its_name(head: Head, toy: Toy, tmp_path: Path) -> None:
+    config = write_config(toy, tmp_path, name="again", epochs=15, save_steps=20, log_steps=20)
+    folder = tmp_path / "runs" / "again"
+    first = head.result("submit", "--", "train", *config)
+    assert (first["job"], first["run"]) == ("again-1", "again")
+    refused = head.call("submit", "--", "train", *config)
+    assert refused.returncode == 2
+    assert (
+        "run 'again' is going on as job again-1: `ray-prefopt logs --follow again` follows it"
+        in refused.stderr
+    )
+    wait(lambda: any(folder.glob("checkpoints/step-*")) or is_over(head, "again"), seconds=180)
+    stopped = head.result("stop", "again")
+    assert (stopped["job"], stopped["status"]) == ("again-1", "STOPPED")
+    assert not (folder / "result.json").exists()
+
+    done = head.call("submit", "--wait", "--", "train", *config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "again-2" in done.stderr
+    assert yaml.safe_load(done.stdout[done.stdout.rindex("\njob: ") :])["status"] == "SUCCEEDED"
+    assert json.loads((folder / "result.json").read_text())["steps"] == 180
+    assert (folder / "model" / "model.safetensors").exists()
+    steps = [int(record["step"]) for record in records(folder) if "loss" in record]
+    assert steps == list(range(20, 181, 20))
+    assert head.result("status", "again")["job"] == "again-2"
+    assert "resum" in head.call("logs", "again").stdout
+
+
+def test_the_smoke_job_of_kubernetes_runs(head: Head, tmp_path: Path) -> None:
+    """The very entrypoint and config of the overlay, with the places of this machine for those of the image."""
+    objects = render(ROOT / "cluster" / "kuberay" / "overlays" / "cpu-smoke")
+    (entrypoint,) = (item["spec"]["entrypoint"] for item in objects if item["kind"] == "RayJob")
+    (text,) = (item["data"]["run.yaml"] for item in objects if item["kind"] == "ConfigMap")
+    (tmp_path / "run.yaml").write_text(
+        text.replace("/opt/ray-prefopt", str(ROOT)).replace("/runs", str(tmp_path / "runs"))
+    )
+    program, *words = entrypoint.replace("/etc/ray-prefopt", str(tmp_path)).split()
+    assert program == "ray-prefopt"
+    wheel = write_wheel(tmp_path)
+    done = head.call("submit", "--wait", "--wheel", str(wheel), "--env", "GREETING=hello", "--", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hello from the wheel" in done.stdout
+    folder = tmp_path / "runs" / "smoke"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 21
+    assert result["metrics"]["eval_rewards/accuracies"] > 0.5
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def write_wheel(folder: Path) -> Path:
+    """The package as a wheel, with a word of its own at the start of each process."""
+    path = folder / "ray_prefopt-9-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file in sorted((ROOT / "ray_prefopt").rglob("*")):
+            if file.is_file() and file.name != "__main__.py" and "__pycache__" not in file.parts:
+                wheel.write(file, file.relative_to(ROOT))
+        main = (ROOT / "ray_prefopt" / "__main__.py").read_text()
+        greeting = "import os\nprint(os.environ['GREETING'], 'from the wheel')\n"
+        wheel.writestr("ray_prefopt/__main__.py", greeting + main)
+    return path
+
+
+def test_a_job_that_fails_says_so(head: Head, toy: Toy, tmp_path: Path) -> None:
+    """Sent by the script, which builds the wheel, and leaves nothing behind."""
+    config = write_config(toy, tmp_path, name="failing", global_batch=4096)
+    before = {path.name for path in ROOT.iterdir()}
+    done = subprocess.run(
+        [ROOT / "cluster" / "submit.sh", "--address", head.address, "--wait", "--", "train", *config],
+        env=environment(TOKEN), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert {path.name for path in ROOT.iterdir()} == before
+    assert done.returncode == 1, done.stderr
+    assert "error: 48 usable pairs do not fill one global batch of 4096" in done.stdout
+    assert "error: job failing-1 failed: " in done.stderr
+    assert head.result("status", "failing")["status"] == "FAILED"
+
+
+def test_a_job_that_there_is_not(head: Head) -> None:
+    done = head.call("stop", "nothing")
+    assert done.returncode == 2
+    assert "nothing is neither a run nor a job at http://127.0.0.1:" in done.stderr
+
+
+def test_another_token_is_refused(head: Head) -> None:
+    done = head.call("status", token="f" * 64)
+    assert done.returncode == 4
+    assert "does not take this token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in done.stderr
