@@ -1,8 +1,10 @@
 """What `ray-prefopt submit` makes of a command line before a cluster hears of it."""
 
 import re
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,15 @@ def test_a_cluster_that_there_is_not(folder: Path, capsys: pytest.CaptureFixture
         "error: no job server at http://127.0.0.1:9 (ConnectionError): give the dashboard's address with --address, "
         "as http://HEAD:8265\n"
     )
+
+
+def test_something_else_at_the_address(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert main(["status", "--address", address]) == 4
+        server.shutdown()
+    assert f"error: {address}: Version check returned 404." in capsys.readouterr().err
 
 
 def test_a_job_brings_its_configs_its_wheel_and_its_folder(folder: Path, tmp_path: Path) -> None:
