@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import ray
@@ -13,12 +13,13 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from tensorboardX import SummaryWriter
 
-from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import PrefoptError
-from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import LoopState, write_text
-from ray_prefopt.training.predictions import Evaluation
-from ray_prefopt.training.trackers import Trackers, environment
+
+if TYPE_CHECKING:  # the actor of a run without them should not wait for transformers
+    from ray_prefopt.training.callbacks import Returned
+    from ray_prefopt.training.predictions import Evaluation
+    from ray_prefopt.training.trackers import Trackers
 
 CLOSE_S = 60.0
 """Longest wait for trackers to finish."""
@@ -56,8 +57,10 @@ class Lines:
 class RunLog:
     """Writes metrics.jsonl and TensorBoard events, and keeps the events of this attempt for the driver's display."""
 
-    def __init__(self, folder: str, config: TrainConfig | None = None) -> None:
-        """With a config, its trackers are told too."""
+    def __init__(
+        self, folder: str, trackers: "Callable[[Callable[[str], None]], Trackers] | None" = None
+    ) -> None:
+        """`trackers` makes those that are told too, given what takes their warnings."""
         self._fs, self._folder = url_to_fs(folder)
         self._metrics = Lines(self._fs, f"{self._folder}/metrics.jsonl")
         self._samples = Lines(self._fs, f"{self._folder}/samples.jsonl")
@@ -66,7 +69,7 @@ class RunLog:
         self._fatal: PrefoptError | None = None
         self._evaluation: Evaluation | None = None
         self._callbacks: Returned | None = None
-        self._trackers = Trackers(config, folder, self.warn) if config else None
+        self._trackers = trackers(self.warn) if trackers else None
 
     def started(self, state: LoopState) -> None:
         """Workers begin after `state.step`: what was logged beyond it will be logged again."""
@@ -106,18 +109,18 @@ class RunLog:
         if self._trackers:
             self._trackers.samples(samples)
 
-    def evaluated(self, found: Evaluation) -> None:
+    def evaluated(self, found: "Evaluation") -> None:
         """What `loop.evaluate_worker` returned."""
         self.log({"step": 0, **found.record})
         self._evaluation = found
 
-    def evaluation(self) -> Evaluation | None:
+    def evaluation(self) -> "Evaluation | None":
         return self._evaluation
 
-    def returned(self, callbacks: Returned) -> None:
+    def returned(self, callbacks: "Returned") -> None:
         self._callbacks = callbacks
 
-    def callbacks(self) -> Returned | None:
+    def callbacks(self) -> "Returned | None":
         """As they were when training ended."""
         return self._callbacks
 
@@ -159,14 +162,6 @@ class RunLog:
             self._samples.flush()
         if self._board is not None:
             self._board.flush()
-
-
-def start_log(config: TrainConfig, folder: str) -> Any:
-    """The actor of a run, with the trackers of run.report_to, set up as the driver's environment says."""
-    if not config.run.report_to:
-        return RunLog.remote(folder)  # type: ignore[attr-defined]  # what ray.remote adds
-    with_trackers = RunLog.options(runtime_env={"env_vars": environment()})  # type: ignore[attr-defined]
-    return with_trackers.remote(folder, config)
 
 
 @contextmanager

@@ -152,7 +152,8 @@ class _Training:
                 if self._state.stopped:
                     break
         self._callbacks.call("on_train_end")
-        self._reports.returned(Returned.of(self._callbacks.callbacks))
+        if self._callbacks.callbacks:
+            self._reports.returned(Returned.of(self._callbacks.callbacks))
         return self._state
 
     def _step(self, inputs: StepInput, prefetched: Prefetched[StepInput]) -> None:

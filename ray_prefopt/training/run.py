@@ -37,10 +37,10 @@ from ray_prefopt.training.checkpoint import (
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks, check_portable
-from ray_prefopt.training.log import Event, closing_log, start_log
+from ray_prefopt.training.log import Event, closing_log
 from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
 from ray_prefopt.training.predictions import Evaluation
-from ray_prefopt.training.trackers import check_trackers
+from ray_prefopt.training.trackers import check_trackers, start_log
 from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 
 logger = logging.getLogger(__name__)

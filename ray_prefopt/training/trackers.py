@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
+from ray_prefopt.training.log import RunLog
 
 ENVIRONMENT = (
     "CLEARML_",
@@ -45,6 +47,15 @@ def check_trackers(names: Sequence[str]) -> None:
 def environment() -> dict[str, str]:
     """What the driver's environment says to trackers."""
     return {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)}
+
+
+def start_log(config: TrainConfig, folder: str) -> Any:
+    """The RunLog of a run, with the trackers of run.report_to, set up as the driver's environment says."""
+    log: Any = RunLog
+    if not config.run.report_to:
+        return log.remote(folder)
+    with_trackers = log.options(runtime_env={"env_vars": environment()})
+    return with_trackers.remote(folder, partial(Trackers, config, folder))
 
 
 class Trackers:

@@ -102,8 +102,8 @@ def worked(job: Job, *, die_at: int | None = None) -> tuple[list[Record], list[A
         train_worker(job, torch.device("cpu"), reports)
     except StopError:
         return records, []
-    attributes = [cloudpickle.loads(kept) for kept in returned[0].attributes if kept is not None]
-    return records, attributes
+    kept = [attributes for each in returned for attributes in each.attributes if attributes is not None]
+    return records, [cloudpickle.loads(attributes) for attributes in kept]
 
 
 def job_of(inputs: Inputs, config: TrainConfig, folder: Path, **hooks: Any) -> Job:
