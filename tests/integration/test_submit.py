@@ -107,6 +107,7 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.soak
 def test_a_stopped_run_goes_on_under_its_name(head: Head, toy: Toy, tmp_path: Path) -> None:
     config = write_config(toy, tmp_path, name="again", epochs=15, save_steps=20, log_steps=20)
     folder = tmp_path / "runs" / "again"
