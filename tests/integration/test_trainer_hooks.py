@@ -126,7 +126,7 @@ def test_callbacks_metrics_and_trackers(
     assert notes.heard == ["init", "evaluate 1", "evaluate 2", "evaluate 3", "end 3 of 10"]
     logged = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert notes.losses == logged
-    assert notes.processes.isdisjoint({os.getpid()})
+    assert len(notes.processes - {os.getpid()}) == 1  # rank 0; what sums up the run is told here
     evaluations = [record for record in trainer.state.log_history if "eval_loss" in record]
     assert [record["eval_accuracy"] for record in evaluations] == [
         record["eval_rewards/accuracies"] for record in evaluations
