@@ -23,7 +23,8 @@ demo: $(INSTALLED)
 	$(BIN)/ray-prefopt demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak and not ray' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not soak and ray'
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak

@@ -210,8 +210,6 @@ def _blocks_folder(storage: str, fingerprint: str) -> str:
 
 def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Report]:
     """The reports of all chunks as they finish. Raises what a task found wrong."""
-    if not ray.is_initialized():
-        ray.init()
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

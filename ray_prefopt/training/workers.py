@@ -1,39 +1,79 @@
-"""Ray Train around the loop: wait for the cluster, start the workers, and hear from the driver's side how it went."""
+"""Ray Train around the loop: wait for the cluster, start the workers, and hear from the driver's side how it went.
+
+Ray Train's controller imports this module before it starts the workers, so what only they need is imported there.
+"""
 
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 import ray.train.torch
-import torch
+from ray._common.network_utils import parse_address  # type: ignore[attr-defined]  # re-exported from C
+from ray._private.services import canonicalize_bootstrap_address
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_prefopt.config import RunConfig, TrainConfig
 from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
-from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worker
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray_prefopt.training.loop import Job
 
 TELL_AFTER_S = 5.0
 """What has just finished on the cluster may take that long to give its CPUs back."""
+ANSWER_TIMEOUT_S = 10.0
 logger = logging.getLogger(__name__)
 
 
 def start_ray() -> None:
-    """Connect to the cluster of RAY_ADDRESS, or start one here, unless this process is connected already."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    """Connect to the cluster of RAY_ADDRESS, else to the one of `ray start`, else start one here.
+
+    A process that is connected stays so. Raises ResourceError when nothing answers at RAY_ADDRESS; Ray itself would
+    try for an hour. What `ray start` left behind when its machine went down is passed over.
+    """
+    if ray.is_initialized():
+        return
+    asked = os.environ.get("RAY_ADDRESS", "")
+    address = None if "://" in asked else _known_address(asked)
+    is_gone = address is not None and not _answers(address)
+    if is_gone and asked:
+        raise ResourceError(
+            f"no Ray cluster answers at {address}, which RAY_ADDRESS={asked} names: start it, or unset RAY_ADDRESS "
+            "to run on this machine"
+        )
+    ray.init("local" if is_gone else None, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def run_training(job: Job, log: Any) -> None:
+def _known_address(asked: str) -> str | None:
+    """host:port of the cluster that Ray would connect to, or None where it would start one."""
+    try:
+        found: str | None = canonicalize_bootstrap_address(asked or None)  # type: ignore[arg-type]
+    except (ConnectionError, ValueError) as error:
+        raise ResourceError(f"RAY_ADDRESS={asked} names no Ray cluster: {error}") from error
+    return found
+
+
+def _answers(address: str) -> bool:
+    try:
+        socket.create_connection(parse_address(address), timeout=ANSWER_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def run_training(job: "Job", log: Any) -> None:
     """`loop.train_worker` on all workers, to the end. `log` is the run's RunLog.
 
     Raises ResourceError when the cluster has no room for them, the run's own error when it had one, and
@@ -42,7 +82,7 @@ def run_training(job: Job, log: Any) -> None:
     _fit(_train, job, log)
 
 
-def run_evaluation(job: Job, log: Any) -> None:
+def run_evaluation(job: "Job", log: Any) -> None:
     """`loop.evaluate_worker` on all workers; the log gets what it found. Raises as `run_training`."""
     _fit(_evaluate, job, log)
 
@@ -51,7 +91,9 @@ def run_evaluation(job: Job, log: Any) -> None:
 
 
 def _train(given: dict[str, Any]) -> None:
-    log = given["log"]
+    from ray_prefopt.training.loop import Reports, train_worker
+
+    job, log = ray.get(given["job"]), given["log"]
 
     def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
         return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
@@ -65,19 +107,25 @@ def _train(given: dict[str, Any]) -> None:
         samples=on_rank_0(log.sampled.remote),
         returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
     )
-    _guarded(log, lambda: train_worker(given["job"], _device(given["job"]), reports))
+    _guarded(log, lambda: train_worker(job, _device(job), reports))
 
 
 def _evaluate(given: dict[str, Any]) -> None:
+    from ray_prefopt.training.loop import evaluate_worker
+
+    job, log = ray.get(given["job"]), given["log"]
+
     def work() -> None:
-        found = evaluate_worker(given["job"], _device(given["job"]))
+        found = evaluate_worker(job, _device(job))
         if ray.train.get_context().get_world_rank() == 0:
-            ray.get(given["log"].evaluated.remote(found))
+            ray.get(log.evaluated.remote(found))
 
-    _guarded(given["log"], work)
+    _guarded(log, work)
 
 
-def _device(job: Job) -> torch.device:
+def _device(job: "Job") -> "torch.device":
+    import torch
+
     if not job.config.run.use_gpu:
         return torch.device("cpu")
     device = ray.train.torch.get_device()
@@ -112,12 +160,12 @@ class _Introduction(ControllerCallback):
         self._log.controlled.remote(ray.get_runtime_context().current_actor)
 
 
-def _fit(worker: Callable[[dict[str, Any]], None], job: Job, log: Any) -> None:
+def _fit(worker: Callable[[dict[str, Any]], None], job: "Job", log: Any) -> None:
     run = job.config.run
     _wait_for_room(job.config)
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"job": job, "log": log},
+        train_loop_config={"job": ray.put(job), "log": log},
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=run.use_gpu,

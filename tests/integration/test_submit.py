@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -65,12 +67,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
              "object-manager-port")  # fmt: skip
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     out = tmp_path_factory.mktemp("head") / "out"
+    of_ray = tempfile.mkdtemp(
+        prefix="ray"
+    )  # short, for the names of its sockets; /tmp/ray is for the user's own
     with out.open("w") as log:
         process = subprocess.Popen(
             [
                 *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"),
                 *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--num-cpus", "3"),
-                *("--object-store-memory", str(128 * 2**20)),
+                *("--object-store-memory", str(128 * 2**20), "--temp-dir", of_ray),
                 *(f"--{name}={port}" for name, port in ports.items()),
             ],
             cwd=ROOT, env=environment(TOKEN), stdout=log, stderr=subprocess.STDOUT,
@@ -83,6 +88,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(of_ray, ignore_errors=True)
 
 
 def wait(condition: Callable[[], bool], *, seconds: float) -> None:
