@@ -1,6 +1,6 @@
 """Ray Train around the loop: wait for the cluster, start the workers, and hear from the driver's side how it went.
 
-Ray Train's controller imports this module before it starts the workers, so what only they need is imported there.
+Ray Train's controller imports this module before it starts the workers: what they need is in `on_worker`, unseen by it.
 """
 
 import logging
@@ -9,14 +9,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray._common.network_utils import parse_address  # type: ignore[attr-defined]  # re-exported from C
 from ray._private.services import canonicalize_bootstrap_address
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
@@ -24,11 +24,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_prefopt.config import RunConfig, TrainConfig
-from ray_prefopt.errors import PrefoptError, ResourceError, TrainingError
+from ray_prefopt.errors import ResourceError, TrainingError
 
 if TYPE_CHECKING:
-    import torch
-
     from ray_prefopt.training.loop import Job
 
 TELL_AFTER_S = 5.0
@@ -74,77 +72,23 @@ def _answers(address: str) -> bool:
 
 
 def run_training(job: "Job", log: Any) -> None:
-    """`loop.train_worker` on all workers, to the end. `log` is the run's RunLog.
+    """`on_worker.train` on all workers, to the end. `log` is the run's RunLog.
 
     Raises ResourceError when the cluster has no room for them, the run's own error when it had one, and
     TrainingError with the words of the first rank that failed otherwise.
     """
-    _fit(_train, job, log)
+    _fit("train", job, log)
 
 
 def run_evaluation(job: "Job", log: Any) -> None:
-    """`loop.evaluate_worker` on all workers; the log gets what it found. Raises as `run_training`."""
-    _fit(_evaluate, job, log)
+    """`on_worker.evaluate` on all workers; the log gets what it found. Raises as `run_training`."""
+    _fit("evaluate", job, log)
 
 
-# --- On the workers ---
-
-
-def _train(given: dict[str, Any]) -> None:
-    from ray_prefopt.training.loop import Reports, train_worker
-
-    job, log = ray.get(given["job"]), given["log"]
-
-    def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
-        return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
-
-    reports = Reports(
-        started=on_rank_0(log.started.remote),
-        log=on_rank_0(log.log.remote),
-        saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
-        warn=on_rank_0(log.warn.remote),
-        report=ray.train.report,
-        samples=on_rank_0(log.sampled.remote),
-        returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
-    )
-    _guarded(log, lambda: train_worker(job, _device(job), reports))
-
-
-def _evaluate(given: dict[str, Any]) -> None:
-    from ray_prefopt.training.loop import evaluate_worker
-
-    job, log = ray.get(given["job"]), given["log"]
-
-    def work() -> None:
-        found = evaluate_worker(job, _device(job))
-        if ray.train.get_context().get_world_rank() == 0:
-            ray.get(log.evaluated.remote(found))
-
-    _guarded(log, work)
-
-
-def _device(job: "Job") -> "torch.device":
-    import torch
-
-    if not job.config.run.use_gpu:
-        return torch.device("cpu")
-    device = ray.train.torch.get_device()
-    torch.cuda.set_device(device)  # NCCL sends objects from the current one
-    return device
-
-
-def _guarded(log: Any, work: Callable[[], Any]) -> None:
-    """An error of ours would come again at every restart: note it, and let the restarted workers do nothing."""
-    if ray.get(log.fatal.remote()) is not None:
-        return
-    try:
-        work()
-    except PrefoptError as error:
-        ray.get(log.fail.remote(error))
-        raise
-
-
-# --- On the driver ---
+def _work(given: dict[str, Any]) -> None:
+    """What one worker does: `train` or `evaluate` of `on_worker`."""
+    on_worker = import_module("ray_prefopt.training.on_worker")
+    getattr(on_worker, given["work"])(ray.get(given["job"]), given["log"])
 
 
 class _Introduction(ControllerCallback):
@@ -160,12 +104,12 @@ class _Introduction(ControllerCallback):
         self._log.controlled.remote(ray.get_runtime_context().current_actor)
 
 
-def _fit(worker: Callable[[dict[str, Any]], None], job: "Job", log: Any) -> None:
+def _fit(work: str, job: "Job", log: Any) -> None:
     run = job.config.run
     _wait_for_room(job.config)
     trainer = TorchTrainer(
-        worker,
-        train_loop_config={"job": ray.put(job), "log": log},
+        _work,
+        train_loop_config={"work": work, "job": ray.put(job), "log": log},
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=run.use_gpu,

@@ -1,0 +1,60 @@
+"""What Ray Train starts on each worker: the loop, with its reports to the run's log."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from ray_prefopt.errors import PrefoptError
+from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worker
+
+
+def train(job: Job, log: Any) -> None:
+    """`loop.train_worker`; rank 0 tells `log`, the run's RunLog, how it goes."""
+
+    def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
+        return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
+
+    reports = Reports(
+        started=on_rank_0(log.started.remote),
+        log=on_rank_0(log.log.remote),
+        saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
+        warn=on_rank_0(log.warn.remote),
+        report=ray.train.report,
+        samples=on_rank_0(log.sampled.remote),
+        returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
+    )
+    _guarded(log, lambda: train_worker(job, _device(job), reports))
+
+
+def evaluate(job: Job, log: Any) -> None:
+    """`loop.evaluate_worker`; rank 0 tells `log` what it found."""
+
+    def work() -> None:
+        found = evaluate_worker(job, _device(job))
+        if ray.train.get_context().get_world_rank() == 0:
+            ray.get(log.evaluated.remote(found))
+
+    _guarded(log, work)
+
+
+def _device(job: Job) -> torch.device:
+    if not job.config.run.use_gpu:
+        return torch.device("cpu")
+    device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)  # NCCL sends objects from the current one
+    return device
+
+
+def _guarded(log: Any, work: Callable[[], Any]) -> None:
+    """An error of ours would come again at every restart: note it, and let the restarted workers do nothing."""
+    if ray.get(log.fatal.remote()) is not None:
+        return
+    try:
+        work()
+    except PrefoptError as error:
+        ray.get(log.fail.remote(error))
+        raise
