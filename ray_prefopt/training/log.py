@@ -15,6 +15,7 @@ from tensorboardX import SummaryWriter
 
 from ray_prefopt.errors import PrefoptError
 from ray_prefopt.training.checkpoint import LoopState, write_text
+from ray_prefopt.training.gauges import Gauges
 
 if TYPE_CHECKING:  # the actor of a run without them should not wait for transformers
     from ray_prefopt.training.callbacks import Returned
@@ -55,7 +56,7 @@ class Lines:
 
 @ray.remote(num_cpus=0)
 class RunLog:
-    """Writes metrics.jsonl and TensorBoard events, and keeps the events of this attempt for the driver's display."""
+    """Writes metrics.jsonl, TensorBoard events and gauges; keeps this attempt's events for the driver's display."""
 
     def __init__(
         self, folder: str, trackers: "Callable[[Callable[[str], None]], Trackers] | None" = None
@@ -65,6 +66,7 @@ class RunLog:
         self._metrics = Lines(self._fs, f"{self._folder}/metrics.jsonl")
         self._samples = Lines(self._fs, f"{self._folder}/samples.jsonl")
         self._events: list[Event] = []
+        self._gauges = Gauges(self._folder.rstrip("/").rsplit("/", 1)[-1])
         self._board: SummaryWriter | None = None
         self._fatal: PrefoptError | None = None
         self._evaluation: Evaluation | None = None
@@ -86,6 +88,8 @@ class RunLog:
             )
         if self._trackers:
             self._trackers.begin(state.step)
+        self._gauges.count("starts")
+        self._gauges.show({"step": state.step, "checkpoint_step": state.step})
         self._events.append(("started", state))
 
     def log(self, record: dict[str, Any]) -> None:
@@ -97,10 +101,16 @@ class RunLog:
                     self._board.add_scalar(prefix + name, value, record["step"])
         if self._trackers:
             self._trackers.log(record)
+        self._gauges.show(record)
         self._events.append(("metrics", record))
+
+    def measured(self, rank: int, values: dict[str, float]) -> None:
+        """What `rank` has found about itself, such as `data_wait`."""
+        self._gauges.show(values, rank)
 
     def saved(self, path: str, step: int) -> None:
         self.flush()
+        self._gauges.show({"checkpoint_step": step})
         self._events.append(("saved", (path, step)))
 
     def sampled(self, samples: list[dict[str, Any]]) -> None:
@@ -129,6 +139,7 @@ class RunLog:
         self._events.append(("controller", controller))
 
     def warn(self, text: str) -> None:
+        self._gauges.count("warnings")
         self._events.append(("warning", text))
 
     def fail(self, error: PrefoptError) -> None:

@@ -1,6 +1,7 @@
 """What every worker of a run does: the same loop on each rank, in step with the others."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -53,6 +54,8 @@ from ray_prefopt.training.predictions import Evaluation, Predictions, computed
 from ray_prefopt.training.samples import Sample, sampled
 from ray_prefopt.training.step import StepInput, evaluate, train_step
 
+logger = logging.getLogger(__name__)
+
 Record = dict[str, float]
 Pack = Callable[[list[TokenizedPair], float], PairBatch]
 """A micro-batch of pairs that all have this weight."""
@@ -90,6 +93,10 @@ class Reports:
     """To Ray Train, by all ranks: a barrier."""
     returned: Callable[[Returned], None] = lambda _: None
     samples: Callable[[list[Sample]], None] = lambda _: None
+    step_begins: Callable[[int], None] = lambda _: None
+    """On every rank."""
+    measured: Callable[[Record], None] = lambda _: None
+    """By every rank, of itself: `data_wait`, `checkpoint_seconds`."""
 
 
 def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
@@ -140,6 +147,7 @@ class _Training:
 
     def run(self) -> LoopState:
         self._reports.started(self._state)
+        logger.info("training begins after step %d of %d", self._state.step, self._plan.total_steps)
         self._callbacks.call("on_train_begin")
         if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
             self._evaluate()
@@ -159,6 +167,7 @@ class _Training:
     def _step(self, inputs: StepInput, prefetched: Prefetched[StepInput]) -> None:
         """One optimizer step, and what is due after it."""
         plan, callbacks = self._plan, self._callbacks
+        self._reports.step_begins(inputs.step + 1)
         seed_step(self._run.seed, inputs.step)
         if inputs.step % plan.steps_per_epoch == 0:
             callbacks.call("on_epoch_begin")
@@ -181,7 +190,9 @@ class _Training:
         record = {"step": step, "epoch": plan.epoch_at(step)}
         if control.should_log or is_stopped:
             record |= self._metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-            self._log(record | self._meter.read(prefetched.wait_s))
+            speed = self._meter.read(prefetched.wait_s)
+            self._log(record | speed)
+            self._reports.measured({"data_wait": speed["data_wait"]})
         with self._meter.paused():
             if control.should_evaluate and self._evaluations:
                 self._evaluate()
@@ -217,6 +228,7 @@ class _Training:
 
     def _save(self) -> None:
         run, state = self._run, self._state
+        begun = time.perf_counter()
         extra = {"config.json": self._job.config.model_dump_json(indent=1)}
         if self._callbacks.callbacks:
             extra[STATE_FILE] = self._callbacks.text()
@@ -231,9 +243,13 @@ class _Training:
         except CheckpointError as error:
             if run.on_save_error == "stop" or state.stopped or state.step == self._plan.total_steps:
                 raise
+            logger.warning("%s", error)
             self._reports.warn(str(error))
             return
+        took = time.perf_counter() - begun
+        logger.info("checkpoint of step %d written in %.1f s: %s", state.step, took, saved.path)
         self._reports.saved(saved)
+        self._reports.measured({"checkpoint_seconds": took})
         if state.best_step == state.step:
             self._callbacks.state.best_model_checkpoint = saved.path
         self._callbacks.call("on_save")

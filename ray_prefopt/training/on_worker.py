@@ -1,5 +1,6 @@
 """What Ray Train starts on each worker: the loop, with its reports to the run's log."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,13 @@ from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worke
 
 def train(job: Job, log: Any) -> None:
     """`loop.train_worker`; rank 0 tells `log`, the run's RunLog, how it goes."""
+    rank = ray.train.get_context().get_world_rank()
+    place = Place(str(job.config.run.name), rank)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(place)
 
     def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
-        return lambda *values: send(*values) if ray.train.get_context().get_world_rank() == 0 else None
+        return send if rank == 0 else lambda *_: None
 
     reports = Reports(
         started=on_rank_0(log.started.remote),
@@ -26,8 +31,26 @@ def train(job: Job, log: Any) -> None:
         report=ray.train.report,
         samples=on_rank_0(log.sampled.remote),
         returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
+        step_begins=place.at,
+        measured=lambda values: log.measured.remote(rank, values),
     )
     _guarded(log, lambda: train_worker(job, _device(job), reports))
+
+
+class Place(logging.Filter):
+    """Puts run, rank and step into every line that a worker logs; Ray Train writes them as JSON with all they have."""
+
+    def __init__(self, run: str, rank: int) -> None:
+        super().__init__()
+        self._run, self._rank, self._step = run, rank, 0
+
+    def at(self, step: int) -> None:
+        """Counted from 1; lines before the first have 0."""
+        self._step = step
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.run, record.rank, record.step = self._run, self._rank, self._step
+        return True
 
 
 def evaluate(job: Job, log: Any) -> None:
