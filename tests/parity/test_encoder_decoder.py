@@ -224,7 +224,8 @@ def test_log_probabilities_of_labels_in_place() -> None:
 )
 def test_ten_steps_equal_those_of_trl(loss: str, folder: str, tmp_path: Path) -> None:
     rows = plain_rows(4 * STEPS)
-    arguments = {**LOSSES[loss], "gradient_accumulation_steps": 2, "max_steps": STEPS}
+    # Adam's first steps are as long where a gradient is all rounding as elsewhere, without an epsilon above that.
+    arguments = {**LOSSES[loss], "gradient_accumulation_steps": 2, "max_steps": STEPS, "adam_epsilon": 1e-4}
     their, our = pair_of_trainers(folder, tmp_path, rows, max_completion_length=24, **arguments)
     their.train()
     assert_same_run(*trained_here(our, rows, tmp_path), their)
