@@ -1,4 +1,4 @@
-"""The Grafana dashboard: its form, and that it asks for metrics that exist."""
+"""The Grafana dashboard: its form, that it asks for metrics that exist, and what is written about watching a run."""
 
 import inspect
 import itertools
@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+from ray.train.v2._internal import exceptions as ray_exceptions
 
+import ray_prefopt
 from ray_prefopt.training.gauges import METRICS, PREFIX
+from tests.kustomize import render
 
-FILE = Path(__file__).resolve().parents[2] / "cluster" / "grafana" / "ray_prefopt.json"
+CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
+FILE = CLUSTER / "grafana" / "ray_prefopt.json"
 OURS = {metric.name: metric for metric in METRICS.values()}
 OF_RAY = {PREFIX + name for name in METRICS_GAUGES} | set(
     re.findall(rf"\b{PREFIX}\w+", inspect.getsource(default_dashboard_panels))
@@ -243,3 +248,45 @@ def test_our_metrics_are_those_of_the_chosen_runs_by_tags_they_have(dashboard: D
                 used = set(re.findall(r"{{(\w+)}}", target.legendFormat))
                 used |= set(re.findall(r"by \((\w+)\)", target.expr))
                 assert used <= set(tags), target.legendFormat
+
+
+# --- What is written about it ---
+
+
+def test_the_page_has_every_metric() -> None:
+    page = (CLUSTER / "README.md").read_text()
+    for metric in METRICS.values():
+        by_rank = " By `rank`." if "rank" in metric.tags else ""
+        assert f"| `{metric.name}` | {metric.description}{by_rank} |\n" in page
+
+
+def test_what_an_operator_sees_is_what_is_said() -> None:
+    """Every message of the table is in our source or Ray's, and every panel on the dashboard."""
+    page = (CLUSTER / "README.md").read_text()
+    table = page.split("### What an operator sees")[1].split("\n## ")[0]
+    source = "".join(path.read_text() for path in sorted(Path(ray_prefopt.__file__).parent.rglob("*.py")))
+    source += inspect.getsource(ray_exceptions)
+    # as one line: implicit concatenation and fields taken away
+    said = re.sub(r"{[^{}]*}", "...", re.sub(r'"\s+f?"', "", source))
+    said = re.sub(r"%[dgs]", "...", said)
+    rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| ")]
+    messages = [text for row in rows[1:] for text in re.findall(r"`([^`]+)`", row[1]) if " " in text]
+    assert len(messages) >= 10
+    for message in messages:
+        if not message.startswith("run."):
+            parts = [part for part in message.split("...") if part.strip()]
+            assert re.search(r"[^\n]*?".join(map(re.escape, parts)), said), message
+    titles = {panel.title for panel in Dashboard.model_validate_json(FILE.read_text()).panels}
+    assert set(re.findall(r"\*([A-Z][\w ]+)\*", table)) <= titles
+
+
+def test_prometheus_finds_and_reaches_the_pods() -> None:
+    monitor = yaml.safe_load((CLUSTER / "grafana" / "podmonitor.yaml").read_text())
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+    objects = {item["kind"]: item for item in render(CLUSTER / "kuberay" / "overlays" / "interactive")}
+    spec = objects["RayCluster"]["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        labels = group["template"]["metadata"]["labels"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    rules = objects["NetworkPolicy"]["spec"]["ingress"]
+    assert {"protocol": "TCP", "port": 8080} in [port for rule in rules for port in rule.get("ports", [])]
