@@ -73,6 +73,9 @@ class ModelConfig(Config):
     """Precision of the forward and backward pass; `auto` is that of the saved weights. Master weights are fp32."""
     attn_implementation: str | None = None
     """Attention of transformers: `sdpa`, `eager`, `flash_attention_2`, ...; transformers chooses when not given."""
+    layout: Literal["auto", "packed", "padded"] = "auto"
+    """`packed`: the completions of a pair share the tokens they begin with, and nothing is padded; `padded`: each has
+    a row of its own. `auto` packs where a probe finds the same log-probabilities, and says why where it does not."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you have read that code."""
     gradient_checkpointing: bool = False

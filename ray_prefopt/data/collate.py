@@ -1,7 +1,7 @@
 """From tokenized pairs to the tensors of one micro-batch. Only this module and model/forward.py know the layout.
 
 Shape suffixes: B pairs, R = 2B rows (chosen first, rejected after), T tokens, D tokens of the decoder (T, unless it has
-rows of its own), S scored positions.
+rows of its own), S scored tokens, U positions that predict them.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,119 @@ class PairBatch:
         }
         return type(self)(**moved)
 
+    def chosen_rows(self) -> list[Tensor]:
+        """The inputs of each pair's chosen side, (T,) each."""
+        rows = zip(self.input_ids_RT.chunk(2)[0], self.attention_mask_RT.chunk(2)[0].bool(), strict=True)
+        return [ids_T[is_token_T] for ids_T, is_token_T in rows]
+
     @property
     def num_tokens(self) -> int:
         decoder = self.decoder_input_ids_RD
         return self.input_ids_RT.numel() + (0 if decoder is None else decoder.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A micro-batch of pairs in one row, nothing of it twice and nothing padded.
+
+    Of each pair come the tokens that both completions begin with (the prompt, mostly), then the rest of the chosen one,
+    then the rest of the rejected one. The last token of each predicts nothing and is left out.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    predicts_U: Tensor
+    """Positions in the row after which a completion token comes, ascending."""
+    source_S: Tensor
+    """Which of them predicts each scored token; a shared one predicts two. Chosen tokens first in each pair."""
+    targets_S: Tensor
+    weights_B: Tensor
+    """1 for a pair, 0 for filler that only keeps ranks in step."""
+    segments: tuple[tuple[int, int, int], ...]
+    """Tokens of each pair that are shared, chosen, and rejected."""
+    scored: tuple[tuple[int, int], ...]
+    """Scored tokens of each pair, chosen and rejected."""
+    predicting: tuple[int, ...]
+    """Predicting positions of each pair."""
+
+    def to(self, device: torch.device) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        return type(self)(**moved)
+
+    def chosen_rows(self) -> list[Tensor]:
+        """The inputs of each pair's chosen side, (T,) each."""
+        parts = self.input_ids_T.split([sum(each) for each in self.segments])
+        last = self.targets_S.split([sum(each) for each in self.scored])
+        return [
+            torch.cat([ids_T[: shared + chosen], targets_S[count - 1 : count]])
+            for ids_T, targets_S, (shared, chosen, _), (count, _) in zip(
+                parts, last, self.segments, self.scored, strict=True
+            )
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.numel()
+
+
+def pack(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PackedBatch:
+    """Lay pairs one behind the other, each with what its completions share once.
+
+    >>> pair = TokenizedPair(chosen=[1, 2, 3, 9], rejected=[1, 2, 4, 5, 9], chosen_start=2, rejected_start=2)
+    >>> batch = pack([pair])
+    >>> batch.input_ids_T.tolist(), batch.position_ids_T.tolist()
+    ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3])
+    >>> batch.segments, batch.scored
+    (((2, 1, 2),), ((2, 3),))
+    >>> batch.predicts_U.tolist(), batch.source_S.tolist(), batch.targets_S.tolist()
+    ([1, 2, 3, 4], [0, 1, 0, 2, 3], [3, 9, 4, 5, 9])
+    """
+    ids, positions, predicts, targets = [], [], [], []
+    segments, scored, predicting = [], [], []
+    base = 0
+    for pair in pairs:
+        chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
+        body, other = chosen[:-1], rejected[:-1]
+        shared = _common(body, other)
+        ids += [body, other[shared:]]
+        positions += [np.arange(len(body)), np.arange(shared, len(other))]
+        starts = max(pair.chosen_start, 1), max(pair.rejected_start, 1)  # nothing predicts a very first token
+        of_chosen = base + np.arange(starts[0] - 1, len(body))
+        at = np.arange(starts[1] - 1, len(other))
+        of_rejected = base + np.where(at < shared, at, at + len(body) - shared)
+        predicts += [of_chosen, of_rejected]
+        targets += [chosen[starts[0] :], rejected[starts[1] :]]
+        segments.append((shared, len(body) - shared, len(other) - shared))
+        scored.append((len(of_chosen), len(of_rejected)))
+        predicting.append(len(np.union1d(of_chosen, of_rejected)))
+        base += len(body) + len(other) - shared
+    predicts_U, source_S = np.unique(np.concatenate(predicts), return_inverse=True)
+    return PackedBatch(
+        input_ids_T=_long(np.concatenate(ids)),
+        position_ids_T=_long(np.concatenate(positions)),
+        predicts_U=_long(predicts_U),
+        source_S=_long(source_S),
+        targets_S=_long(np.concatenate(targets)),
+        weights_B=torch.full((len(pairs),), weight),
+        segments=tuple(segments),
+        scored=tuple(scored),
+        predicting=tuple(predicting),
+    )
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many elements two arrays begin with alike."""
+    shorter = min(len(one), len(other))
+    differs = one[:shorter] != other[:shorter]
+    return int(differs.argmax()) if differs.any() else shorter
+
+
+def _long(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
 
 
 def collate(

@@ -4,6 +4,7 @@ Shape suffixes: B pairs, S scored positions, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,21 @@ class PairLogps:
     chosen_logits: Tensor
     rejected_logits: Tensor
     aux_loss: Tensor | None = None
+
+    @classmethod
+    def of_tokens(cls, logps_S: Tensor, logits_S: Tensor, lengths_2B: Tensor) -> Self:
+        """From log-probabilities and mean logits of all tokens: of each pair the chosen ones, then the rejected."""
+        sums_2B = torch.segment_reduce(logps_S, "sum", lengths=lengths_2B, unsafe=True)
+        return cls.of_sums(sums_2B, logits_S, lengths_2B)
+
+    @classmethod
+    def of_sums(cls, sums_2B: Tensor, logits_S: Tensor, lengths_2B: Tensor) -> Self:
+        """The same, where the log-probabilities of each completion are summed."""
+        means_2B = torch.segment_reduce(logits_S, "mean", lengths=lengths_2B, unsafe=True)
+        counts_2B = lengths_2B.float()
+        return cls(
+            sums_2B[0::2], sums_2B[1::2], counts_2B[0::2], counts_2B[1::2], means_2B[0::2], means_2B[1::2]
+        )
 
     @property
     def chosen_mean(self) -> Tensor:

@@ -1,26 +1,81 @@
 """One forward pass over a micro-batch of pairs; the head only where a completion token is predicted.
 
-Shape suffixes: B pairs, R = 2B rows, T tokens, D tokens of the decoder, S scored positions, V vocabulary.
+Shape suffixes: B pairs, R = 2B rows, T tokens, D tokens of the decoder, S scored tokens, U positions that predict them,
+V vocabulary.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ray_prefopt.data.collate import PairBatch
+from ray_prefopt.data.collate import PackedBatch, PairBatch
+from ray_prefopt.losses.head import Head, PairLoss, Scored, chunked_logps, one_pass
 from ray_prefopt.losses.logps import PairLogps, token_logps
 
 ForwardFn = Callable[..., Any]
+Batch = PairBatch | PackedBatch
 
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model can restrict its head to some positions (nearly all causal models of transformers can)."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model under its adapter, if it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Log-probabilities of pairs, and losses of them, by one model."""
+
+    forward: ForwardFn
+    """The model, or the engine that wraps it."""
+    keep_logits: bool = True
+    """As `keeps_logits` says of the model."""
+    is_packed: bool = False
+    """Whether micro-batches should be packed."""
+    head_module: nn.Module | None = None
+    """The module under the logits, where its gradient can be had in one pass with them; packed batches alone use it."""
+    head: Head | None = None
+
+    def logps(self, batch: Batch) -> PairLogps:
+        """Log-probabilities of both completions of each pair."""
+        if isinstance(batch, PairBatch):
+            return pair_logps(self.forward, batch, keep_logits=self.keep_logits)
+        if self.head is None or torch.is_grad_enabled():
+            return _packed_logps(self.forward, batch)
+        return chunked_logps(self._states(batch), self.head, _scored(batch))
+
+    def loss(self, batch: Batch, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
+        """The loss of a micro-batch, a scalar with its gradient, and the log-probabilities that it is of."""
+        if self.head is None or isinstance(batch, PairBatch):
+            logps = self.logps(batch)
+            return pair_loss(logps), logps
+        return one_pass(self._states(batch), self.head, _scored(batch), pair_loss)
+
+    def _states(self, batch: PackedBatch) -> Tensor:
+        """The states under the head at the positions that predict, (U, D). One of them goes through the head itself,
+        for whatever else the model does there."""
+        assert self.head_module is not None
+        seen: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            seen.append(args[0])
+            return (args[0][..., :1, :],)
+
+        hook = self.head_module.register_forward_pre_hook(catch)
+        try:
+            self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U)
+        finally:
+            hook.remove()
+        return seen[0].view(-1, seen[0].shape[-1])
 
 
 def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True) -> PairLogps:
@@ -60,3 +115,25 @@ def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True
 def _row_sums(values_S: Tensor, mask_RD: Tensor) -> Tensor:
     """Sum of each row's values, (R,). A scatter and a row sum, since index_add is not deterministic on CUDA."""
     return torch.zeros(mask_RD.shape, device=values_S.device).masked_scatter(mask_RD, values_S).sum(1)
+
+
+def _packed_logps(forward: ForwardFn, batch: PackedBatch) -> PairLogps:
+    """The same of packed pairs, with all logits at once: a position that predicts two tokens comes twice."""
+    output = forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U[batch.source_S])
+    logps_S, logits_S = token_logps(output.logits.squeeze(0), batch.targets_S)
+    return PairLogps.of_tokens(logps_S, logits_S, _scored(batch).token_counts(logps_S.device))
+
+
+def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids_T[None],
+        "position_ids": batch.position_ids_T[None],
+        # transformers hands a mask of four dimensions on as it is, and makes one of the positions otherwise.
+        "attention_mask": batch.input_ids_T.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        "segments": batch.segments,
+        "use_cache": False,
+    }
+
+
+def _scored(batch: PackedBatch) -> Scored:
+    return Scored(batch.source_S, batch.targets_S, batch.scored, batch.predicting)

@@ -1,7 +1,6 @@
 """The run's own record: an actor that rank 0 talks to without waiting, and the driver reads from."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import ray
 import ray.exceptions
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from tensorboardX import SummaryWriter
 
 from ray_prefopt.errors import PrefoptError
+from ray_prefopt.training.board import Board
 from ray_prefopt.training.checkpoint import LoopState, write_text
 from ray_prefopt.training.gauges import Gauges
 
@@ -67,7 +66,7 @@ class RunLog:
         self._samples = Lines(self._fs, f"{self._folder}/samples.jsonl")
         self._events: list[Event] = []
         self._gauges = Gauges(self._folder.rstrip("/").rsplit("/", 1)[-1])
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._fatal: PrefoptError | None = None
         self._evaluation: Evaluation | None = None
         self._callbacks: Returned | None = None
@@ -81,11 +80,7 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         if isinstance(self._fs, LocalFileSystem):
-            self._board = SummaryWriter(
-                f"{self._folder}/tensorboard",
-                purge_step=state.step + 1,
-                filename_suffix=f".{time.time_ns()}",  # names have seconds: one begun in the same would be overwritten
-            )
+            self._board = Board(f"{self._folder}/tensorboard", first_step=state.step + 1)
         if self._trackers:
             self._trackers.begin(state.step)
         self._gauges.count("starts")
@@ -95,10 +90,8 @@ class RunLog:
     def log(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    prefix = "" if name.startswith("eval_") else "train/"
-                    self._board.add_scalar(prefix + name, value, record["step"])
+            tags = {name: name if name.startswith("eval_") else f"train/{name}" for name in record}
+            self._board.add({tags[name]: record[name] for name in record if name != "step"}, record["step"])
         if self._trackers:
             self._trackers.log(record)
         self._gauges.show(record)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import enable_full_determinism
 
 from ray_prefopt.config import Interval, RunConfig, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
-from ray_prefopt.data.collate import PairBatch, collate
+from ray_prefopt.data.collate import collate, pack
 from ray_prefopt.data.plan import Ids, Order, Plan, deal, extend_hash
 from ray_prefopt.data.stream import PairReader, Prefetched
 from ray_prefopt.data.tokenization import TokenizedPair
@@ -32,8 +32,10 @@ from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError, suggest
 from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.hub import first_line
-from ray_prefopt.model.load import decoder_start_id
+from ray_prefopt.model.layout import make_scorer
+from ray_prefopt.model.load import compute_dtype, decoder_start_id
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
 from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
@@ -57,7 +59,7 @@ from ray_prefopt.training.step import StepInput, evaluate, train_step
 logger = logging.getLogger(__name__)
 
 Record = dict[str, float]
-Pack = Callable[[list[TokenizedPair], float], PairBatch]
+Pack = Callable[[list[TokenizedPair], float], Batch]
 """A micro-batch of pairs that all have this weight."""
 
 
@@ -136,7 +138,10 @@ class _Training:
         self._state = checkpoint.state if checkpoint else LoopState()
         _check_order(plan, self._state)
         self._objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-        self._evaluations = _eval_sets(job, engine)
+        self._scorer, why_padded = _scorer_of(job, engine)
+        if why_padded and job.config.model.layout == "auto":
+            reports.warn(f"pairs are padded, not packed: {why_padded}")
+        self._evaluations = _eval_sets(job, engine, self._scorer)
         self._best_metric = best_metric(
             self._run, self._evaluations, is_open=job.hooks.compute_metrics is not None
         )
@@ -152,8 +157,8 @@ class _Training:
         if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
             self._evaluate()
         reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
-        pack = _packing(self._job, self._engine)
-        inputs = step_inputs(self._plan, self._blocks, reader, self._state.step, pack)
+        packing = _packing(self._job, self._engine, self._scorer)
+        inputs = step_inputs(self._plan, self._blocks, reader, self._state.step, packing)
         with closing(Prefetched(inputs)) as prefetched:
             for inputs_of_step in prefetched:
                 self._step(inputs_of_step, prefetched)
@@ -173,7 +178,9 @@ class _Training:
             callbacks.call("on_epoch_begin")
         callbacks.call("on_step_begin")
         learning_rate = self._engine.learning_rate()
-        grad_norm = train_step(self._engine, inputs, self._objective, self._metrics, callbacks.call)
+        grad_norm = train_step(
+            self._engine, inputs, self._objective, self._metrics, callbacks.call, scorer=self._scorer
+        )
         ids = plan.step_ids(inputs.step)
         step = inputs.step + 1
         self._state = replace(self._state, step=step, order_hash=extend_hash(self._state.order_hash, ids))
@@ -208,7 +215,7 @@ class _Training:
         self._callbacks.call("on_log", logs=dict(record))
 
     def _evaluate(self) -> None:
-        found = _evaluate_all(self._engine, self._evaluations, self._objective, self._job)
+        found = _evaluate_all(self._engine, self._scorer, self._evaluations, self._objective, self._job)
         self._log({"step": self._state.step, "epoch": self._plan.epoch_at(self._state.step), **found.record})
         self._callbacks.call("on_evaluate", metrics=dict(found.record))
         if self._run.eval_samples:
@@ -288,7 +295,8 @@ def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     _set_up(job.config)
     engine = _engine_at(job, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
-    return _evaluate_all(engine, _eval_sets(job, engine), objective, job)
+    scorer, _ = _scorer_of(job, engine)
+    return _evaluate_all(engine, scorer, _eval_sets(job, engine, scorer), objective, job)
 
 
 def _set_up(config: TrainConfig) -> None:
@@ -332,21 +340,31 @@ def step_inputs(
         yield StepInput(step, StepTotals(len(ids), int(blocks.chosen_lengths[ids].sum())), batches, micro_ids)
 
 
-def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> PairBatch:
+def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> Batch:
     """The pairs with these ids; one of `others` with weight 0 when there are none, so that ranks stay in step."""
     return pack(reader.read(ids if len(ids) else others[:1]), 1.0 if len(ids) else 0.0)
 
 
-def _packing(job: Job, engine: Engine) -> Pack:
+def _scorer_of(job: Job, engine: Engine) -> tuple[Scorer, str | None]:
+    """What scores pairs, and why it does not take packed ones, if so."""
+    config = job.config.model
+    architecture: Any = engine.module.config
+    dtype = compute_dtype(config, architecture)
+    return make_scorer(engine.forward, engine.module, config, dtype, engine.device)
+
+
+def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
     """Micro-batches as the model reads them."""
     architecture: Any = engine.module.config
     start, repack = decoder_start_id(architecture), job.hooks.repack
 
-    def pack(pairs: list[TokenizedPair], weight: float) -> PairBatch:
+    def packing(pairs: list[TokenizedPair], weight: float) -> Batch:
         pairs = pairs if repack is None else repack(pairs)
+        if scorer.is_packed:
+            return pack(pairs, weight=weight)
         return collate(pairs, pad_id=job.pad_id, decoder_start_id=start, weight=weight)
 
-    return pack
+    return packing
 
 
 @dataclass(frozen=True)
@@ -366,19 +384,23 @@ class EvalSet:
         lengths = self.blocks.total_lengths
         return deal(np.arange(len(lengths)), lengths, self.micro_batch, ranks.rank(), ranks.world_size())
 
-    def batches(self) -> Iterator[PairBatch]:
+    def batches(self) -> Iterator[Batch]:
         reader = PairReader(self.blocks)
         for micro in self.micro_ids():
             yield _batch(reader, micro, np.arange(1), self.pack)
 
 
-def _eval_sets(job: Job, engine: Engine) -> dict[str, EvalSet]:
+def _eval_sets(job: Job, engine: Engine, scorer: Scorer) -> dict[str, EvalSet]:
     micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
-    pack = _packing(job, engine)
-    return {name: EvalSet(open_blocks(folder), micro_batch, pack) for name, folder in job.eval_blocks.items()}
+    packing = _packing(job, engine, scorer)
+    return {
+        name: EvalSet(open_blocks(folder), micro_batch, packing) for name, folder in job.eval_blocks.items()
+    }
 
 
-def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Objective, job: Job) -> Evaluation:
+def _evaluate_all(
+    engine: Engine, scorer: Scorer, sets: Mapping[str, EvalSet], objective: Objective, job: Job
+) -> Evaluation:
     record: Record = {}
     predictions = {}
     for name, held_out in sets.items():
@@ -389,7 +411,8 @@ def _evaluate_all(engine: Engine, sets: Mapping[str, EvalSet], objective: Object
             else None
         )
         with closing(Prefetched(held_out.batches())) as batches:
-            values = evaluate(engine, batches, objective, held_out.totals, kept.add if kept else None)
+            each = kept.add if kept else None
+            values = evaluate(engine, batches, objective, held_out.totals, each, scorer=scorer)
         if kept:
             predictions[name] = kept.gathered()
             values |= computed(job.hooks, predictions[name])

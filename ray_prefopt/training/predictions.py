@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ray_prefopt.config import LossConfig
-from ray_prefopt.data.collate import PairBatch
 from ray_prefopt.data.plan import Ids
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import pair_losses, pair_rewards
+from ray_prefopt.model.forward import Batch
 from ray_prefopt.training import ranks
 from ray_prefopt.training.hooks import Hooks
 
@@ -44,14 +44,13 @@ class Predictions:
         self._micro_ids = iter(micro_ids)
         self._rows: list[tuple[int, np.ndarray, float, np.ndarray]] = []
 
-    def add(self, logps: PairLogps, batch: PairBatch) -> None:
+    def add(self, logps: PairLogps, batch: Batch) -> None:
         """The next micro-batch."""
         ids = next(self._micro_ids)
         rewards = torch.stack(pair_rewards(self._loss, logps), dim=1)
         kept = self._preprocessed(rewards).float().cpu().numpy()
         losses = pair_losses(self._loss, logps).tolist()
-        chosen = batch.input_ids_RT[: len(losses)], batch.attention_mask_RT[: len(losses)].bool()
-        inputs = [row[mask].cpu().numpy() for row, mask in zip(*chosen, strict=True)]
+        inputs = [row.cpu().numpy() for row in batch.chosen_rows()]
         if len(ids):  # filler has none
             self._rows += zip(ids.tolist(), kept, losses, inputs, strict=True)
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ray_prefopt.data.collate import PairBatch
 from ray_prefopt.data.plan import Ids
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import Batch, Scorer, keeps_logits
 from ray_prefopt.training import ranks
 from ray_prefopt.training.metrics import MetricSums
 
@@ -23,7 +22,7 @@ class StepInput:
 
     step: int
     totals: StepTotals
-    micro_batches: Sequence[PairBatch]
+    micro_batches: Sequence[Batch]
     micro_ids: Sequence[Ids]
     """Pair ids of each micro-batch; empty for filler."""
 
@@ -34,20 +33,22 @@ def train_step(
     objective: Objective,
     metrics: MetricSums,
     notify: Callable[[str], None] = lambda _: None,
+    *,
+    scorer: Scorer | None = None,
 ) -> float:
     """Forward and backward over the micro-batches, then one update; returns the gradient norm before clipping.
 
-    `notify` hears of `on_substep_end`, `on_pre_optimizer_step` and `on_optimizer_step`, as callbacks name them. Raises
-    NonFiniteError on every rank, before anything moved, with the pairs of the first bad micro-batch.
+    `notify` hears of `on_substep_end`, `on_pre_optimizer_step` and `on_optimizer_step`, as callbacks name them.
+    `scorer` is the engine's; it takes padded pairs when not given. Raises NonFiniteError on every rank, before anything
+    moved, with the pairs of the first bad micro-batch.
     """
-    keep_logits = keeps_logits(engine.module)
+    scorer = scorer or _padded(engine)
     losses: list[torch.Tensor] = []
     for batch in inputs.micro_batches:
         if losses:
             notify("on_substep_end")
         batch = batch.to(engine.device)
-        logps = pair_logps(engine.forward, batch, keep_logits=keep_logits)
-        loss, sums = objective(logps, batch.weights_B, inputs.totals)
+        loss, sums = _loss(scorer, batch, objective, inputs.totals)
         engine.backward(loss)
         losses.append(loss.detach())
         metrics.add(sums)
@@ -62,6 +63,15 @@ def train_step(
     notify("on_optimizer_step")
     metrics.end_step()
     return norm
+
+
+def _loss(
+    scorer: Scorer, batch: Batch, objective: Objective, totals: StepTotals
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the objective makes of a micro-batch; the loss alone has a gradient."""
+    loss, logps = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
+    with torch.no_grad():
+        return loss, objective(logps, batch.weights_B, totals)[1]
 
 
 REMEDY = (
@@ -91,21 +101,23 @@ def _check_finite(losses: torch.Tensor, inputs: StepInput) -> None:
 @torch.no_grad()
 def evaluate(
     engine: Engine,
-    batches: Iterable[PairBatch],
+    batches: Iterable[Batch],
     objective: Objective,
     totals: StepTotals,
-    each: Callable[[PairLogps, PairBatch], None] | None = None,
+    each: Callable[[PairLogps, Batch], None] | None = None,
+    *,
+    scorer: Scorer | None = None,
 ) -> dict[str, float]:
     """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice.
 
-    `each` gets the log-probabilities of every micro-batch.
+    `each` gets the log-probabilities of every micro-batch; `scorer` is as in `train_step`.
     """
-    keep_logits = keeps_logits(engine.module)
+    scorer = scorer or _padded(engine)
     metrics = MetricSums()
     engine.module.eval()
     for batch in batches:
         batch = batch.to(engine.device)
-        logps = pair_logps(engine.forward, batch, keep_logits=keep_logits)
+        logps = scorer.logps(batch)
         _, sums = objective(logps, batch.weights_B, totals)
         metrics.add(sums)
         if each is not None:
@@ -113,3 +125,7 @@ def evaluate(
     engine.module.train()
     metrics.end_step()
     return metrics.reduce()
+
+
+def _padded(engine: Engine) -> Scorer:
+    return Scorer(engine.forward, keep_logits=keeps_logits(engine.module))

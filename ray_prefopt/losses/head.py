@@ -1,0 +1,249 @@
+"""Loss and gradient of the head and the log-probabilities above it in one pass, a chunk of logits at a time.
+
+The loss of a pair depends on the log-probabilities of its own completions alone, so that a chunk of whole pairs has
+all its gradient needs: forward and backward of a chunk take three matrix products and one buffer of logits, and the
+logits of two chunks are never held together (Liger Kernel, Hsu et al. 2024, does so for language modelling).
+
+Shape suffixes: B pairs, U positions, S scored tokens, C positions of a chunk, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ray_prefopt.losses.logps import PairLogps
+
+PairLoss = Callable[[PairLogps], Tensor]
+"""The loss of a micro-batch, a scalar: a sum over pairs, whose lengths and weights are known before."""
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Logits held at once: 128 MiB in fp32 on a CPU, 1 GiB on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Which positions predict which tokens, pair by pair."""
+
+    source_S: Tensor
+    targets_S: Tensor
+    lengths: tuple[tuple[int, int], ...]
+    """Scored tokens of each pair, chosen and rejected."""
+    positions: tuple[int, ...]
+    """Predicting positions of each pair."""
+
+    def token_counts(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.lengths, device=device).flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits of hidden states: `cap * tanh(scale * (x W^T + b) / cap)`, where there is a cap."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    buffer: list[Tensor] = field(default_factory=list)
+    """Memory for the logits of a chunk, kept from one to the next: fresh pages cost a CPU more than the arithmetic."""
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """(C, V) in fp32, in the buffer."""
+        weight_VD = self.weight_VD.detach().to(hidden_CD.dtype)
+        rows, vocabulary = hidden_CD.shape[0], weight_VD.shape[0]
+        if not self.buffer or self.buffer[0].numel() < rows * vocabulary:
+            self.buffer[:] = [torch.empty(rows * vocabulary, device=hidden_CD.device)]
+        logits_CV = self.buffer[0][: rows * vocabulary].view(rows, vocabulary)
+        if hidden_CD.dtype == torch.float32:
+            torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
+        else:
+            logits_CV.copy_(hidden_CD @ weight_VD.T)
+        if self.bias_V is not None:
+            logits_CV += self.bias_V.detach().float()
+        if self.scale != 1.0:
+            logits_CV *= self.scale
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_CV
+
+
+def one_pass(hidden_UD: Tensor, head: Head, scored: Scored, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
+    """The loss of a micro-batch, a scalar with its gradient, and the log-probabilities (without) that it is of.
+
+    `hidden_UD` are the states under the head at the predicting positions, in the order of `scored`.
+    """
+    found = _Found(scored, hidden_UD.device)
+    loss: Tensor = _OnePass.apply(  # type: ignore[no-untyped-call]
+        hidden_UD, head.weight_VD, head.bias_V, head, scored, pair_loss, found
+    )
+    return loss, found.logps()
+
+
+def chunked_logps(hidden_UD: Tensor, head: Head, scored: Scored) -> PairLogps:
+    """The log-probabilities alone, without gradient."""
+    found = _Found(scored, hidden_UD.device)
+    for group in _groups(scored, _rows_at_once(head, hidden_UD)):
+        for part in group.parts:
+            _score(hidden_UD[part.rows].detach(), head, scored, part, found)
+    return found.logps()
+
+
+class _Found:
+    """Log-probabilities of all scored tokens of a micro-batch, and their mean logits, as chunks bring them."""
+
+    def __init__(self, scored: Scored, device: torch.device) -> None:
+        self.logps_S = torch.zeros(len(scored.targets_S), device=device)
+        self.means_S = torch.zeros(len(scored.targets_S), device=device)
+        self._lengths_2B = scored.token_counts(device)
+
+    def sums(self) -> Tensor:
+        return torch.segment_reduce(self.logps_S, "sum", lengths=self._lengths_2B, unsafe=True)
+
+    def logps(self, sums_2B: Tensor | None = None) -> PairLogps:
+        """Of given sums, or of those that have been found."""
+        sums_2B = self.sums() if sums_2B is None else sums_2B
+        return PairLogps.of_sums(sums_2B, self.means_S, self._lengths_2B)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some positions, and the tokens they predict."""
+
+    rows: slice
+    tokens: Tensor
+    """Indices into the scored tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Whole pairs, in one part if their logits fit into the buffer."""
+
+    parts: tuple[_Part, ...]
+
+
+def _rows_at_once(head: Head, hidden_UD: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS[hidden_UD.device.type] // head.weight_VD.shape[0])
+
+
+def _groups(scored: Scored, rows_at_once: int) -> Iterator[_Group]:
+    """Whole pairs as long as their positions fit; a pair that does not fit by itself comes in several parts."""
+    pairs = len(scored.positions)
+    pair = row = token = 0
+    while pair < pairs:
+        end, rows = pair + 1, scored.positions[pair]
+        while end < pairs and rows + scored.positions[end] <= rows_at_once:
+            rows += scored.positions[end]
+            end += 1
+        tokens = sum(map(sum, scored.lengths[pair:end]))
+        source = scored.source_S[token : token + tokens]
+        cuts = range(row, row + rows, rows_at_once)
+        bounds = [(start, min(start + rows_at_once, row + rows)) for start in cuts]
+        if len(bounds) == 1:
+            inside = [torch.arange(token, token + tokens, device=source.device)]
+        else:
+            inside = [token + ((source >= start) & (source < stop)).nonzero()[:, 0] for start, stop in bounds]
+        parts = tuple(_Part(slice(*bound), each) for bound, each in zip(bounds, inside, strict=True))
+        yield _Group(parts)
+        pair, row, token = end, row + rows, token + tokens
+
+
+def _score(
+    hidden_CD: Tensor, head: Head, scored: Scored, part: _Part, found: _Found
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Note log-probabilities and mean logits of a part; returns its logits, their log-sum-exp, and the local rows."""
+    logits_CV = head.logits(hidden_CD)
+    source = scored.source_S[part.tokens] - part.rows.start
+    targets = scored.targets_S[part.tokens]
+    if head.softcap is None:
+        weight_VD = head.weight_VD.detach()
+        mean_D = weight_VD.mean(0, dtype=torch.float32)
+        means_C = hidden_CD.float() @ mean_D
+        if head.bias_V is not None:
+            means_C += head.bias_V.detach().float().mean()
+        means_C *= head.scale
+    else:
+        means_C = logits_CV.mean(-1)
+    lse_C = _logsumexp(logits_CV)
+    found.logps_S[part.tokens] = logits_CV[source, targets] - lse_C[source]
+    found.means_S[part.tokens] = means_C[source]
+    return logits_CV, lse_C, source
+
+
+def _logsumexp(logits_CV: Tensor) -> Tensor:
+    return logits_CV.logsumexp(-1)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_UD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        scored: Scored,
+        pair_loss: PairLoss,
+        found: _Found,
+    ) -> Tensor:
+        hidden_UD = hidden_UD.detach()
+        d_hidden_UD = torch.zeros_like(hidden_UD)
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
+        d_bias_V = (
+            torch.zeros_like(bias_V, dtype=torch.float32)
+            if bias_V is not None and bias_V.requires_grad
+            else None
+        )
+        for group in _groups(scored, _rows_at_once(head, hidden_UD)):
+            is_whole = len(group.parts) == 1
+            for part in group.parts:
+                kept = _score(hidden_UD[part.rows], head, scored, part, found)
+            slopes_S = _slopes(found, scored, pair_loss)
+            for part in group.parts:
+                hidden_CD = hidden_UD[part.rows]
+                if not is_whole:
+                    kept = _score(hidden_CD, head, scored, part, found)
+                logits_CV, lse_C, source = kept
+                targets, slope = scored.targets_S[part.tokens], slopes_S[part.tokens]
+                slope_C = torch.zeros_like(lse_C).index_add_(0, source, slope)
+                cap_CV = None
+                if head.softcap is not None:
+                    cap_CV = 1 - (logits_CV / head.softcap) ** 2
+                # Over the logits comes their gradient: slope * (one-hot - softmax).
+                d_logits_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(-slope_C[:, None])
+                d_logits_CV.index_put_((source, targets), slope, accumulate=True)
+                if cap_CV is not None:
+                    d_logits_CV *= cap_CV
+                if head.scale != 1.0:
+                    d_logits_CV *= head.scale
+                if d_bias_V is not None:
+                    d_bias_V += d_logits_CV.sum(0)
+                d_logits_CV = d_logits_CV.to(hidden_CD.dtype)
+                torch.mm(d_logits_CV, weight_VD.detach().to(hidden_CD.dtype), out=d_hidden_UD[part.rows])
+                if d_weight_VD is not None:
+                    if hidden_CD.dtype == torch.float32:
+                        d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+                    else:
+                        d_weight_VD += d_logits_CV.T @ hidden_CD
+        ctx.gradients = (d_hidden_UD, d_weight_VD, d_bias_V)  # type: ignore[attr-defined]
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)  # type: ignore[attr-defined]
+        return pair_loss(found.logps()).detach()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_UD, d_weight_VD, d_bias_V = ctx.gradients  # type: ignore[attr-defined]
+        del ctx.gradients  # type: ignore[attr-defined]
+        of_weight, of_bias = ctx.dtypes  # type: ignore[attr-defined]
+        return (
+            d_hidden_UD.mul_(upstream),
+            None if d_weight_VD is None else d_weight_VD.mul_(upstream).to(of_weight),
+            None if d_bias_V is None else d_bias_V.mul_(upstream).to(of_bias),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _slopes(found: _Found, scored: Scored, pair_loss: PairLoss) -> Tensor:
+    """The derivative of the loss by each scored log-probability, (S,); right for the pairs that have been found."""
+    with torch.enable_grad():
+        sums_2B = found.sums().requires_grad_()
+        (slopes_2B,) = torch.autograd.grad(pair_loss(found.logps(sums_2B)), sums_2B)
+    return slopes_2B.repeat_interleave(scored.token_counts(slopes_2B.device))

@@ -1,0 +1,344 @@
+"""Packed pairs have the log-probabilities, losses and gradients of padded ones, or the model takes padded ones."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from ray_prefopt.config import CompileConfig, CPOLoss, LossConfig, ModelConfig, SimPOLoss
+from ray_prefopt.data.collate import PackedBatch, collate, pack
+from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.errors import ModelError
+from ray_prefopt.losses import head as head_module
+from ray_prefopt.losses.logps import PairLogps
+from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.model.attention import NAME, packed_attention
+from ray_prefopt.model.forward import Batch, Scorer
+from ray_prefopt.model.layout import make_scorer, obstacle_of
+from tests.parity.test_models import FAMILIES
+from tests.tiny import tiny_model
+from tests.unit.test_forward import MODELS, pairs_of
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(path="unread")
+DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "dropout",
+    "hidden_dropout",
+    "embd_dropout",
+)
+PACKED = {
+    kind: MODELS.get(kind, FAMILIES.get(kind, {}))
+    for kind in (
+        "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt", "cohere", "granite"
+    )
+}  # fmt: skip
+PADDED = {
+    "gemma2": "it caps its attention scores",
+    "bloom": "it takes no position_ids",
+    "t5": "it is an encoder-decoder",
+    "mixtral": "its router's loss counts tokens",
+}
+LOSSES: tuple[LossConfig, ...] = (
+    SimPOLoss(cpo_alpha=0.7),
+    CPOLoss(link="hinge"),
+    CPOLoss(nll_average="micro_batch"),
+)
+
+
+def model_of(kind: str, **more: Any) -> Any:
+    """With logits large enough for a mistake to show, and every dropout off."""
+    model = tiny_model(kind, **MODELS.get(kind, FAMILIES.get(kind, {})) | more)
+    model.config.update({name: 0.0 for name in DROPOUTS if hasattr(model.config, name)})
+    model = type(model)(model.config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape) * (0.15 if weight.dim() > 1 else 1.0))
+    return model
+
+
+def scorers(
+    model: Any, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32
+) -> tuple[Scorer, Scorer]:
+    """Of packed and of padded pairs."""
+    found, reason = make_scorer(model.forward, model, config, dtype, CPU)
+    assert (found.is_packed, reason) == (True, None)
+    return found, Scorer(model.forward)
+
+
+def graded(
+    scorer: Scorer, batch: Batch, config: LossConfig, model: nn.Module
+) -> tuple[Tensor, PairLogps, dict[str, Tensor]]:
+    objective = make_objective(config)
+    totals = StepTotals(len(batch.weights_B), 31)
+    loss, logps = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
+    model.zero_grad()
+    (loss * 2).backward()
+    return (
+        loss.detach(),
+        logps,
+        {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None},
+    )
+
+
+def assert_same(
+    packed: tuple[Tensor, PairLogps, dict[str, Tensor]], padded: tuple[Tensor, PairLogps, dict[str, Tensor]]
+) -> None:
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-6, atol=1e-6)
+    for name in ("chosen", "rejected", "chosen_len", "rejected_len", "chosen_logits", "rejected_logits"):
+        torch.testing.assert_close(
+            getattr(packed[1], name), getattr(padded[1], name), rtol=1e-6, atol=2e-5, msg=name
+        )
+    assert packed[2].keys() == padded[2].keys()
+    scale = torch.stack([each.norm() for each in padded[2].values()]).norm()
+    for name, gradient in padded[2].items():
+        assert (packed[2][name] - gradient).norm() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_loss_and_gradient_are_those_of_padded_pairs(kind: str) -> None:
+    model, pairs = model_of(kind), pairs_of(6, seed=3)
+    packed, padded = scorers(model)
+    assert packed.head is not None
+    batch = pack(pairs)
+    assert batch.num_tokens < sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    for config in LOSSES:
+        expected = graded(padded, collate(pairs, pad_id=0), config, model)
+        assert_same(graded(packed, batch, config, model), expected)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_the_window_counts_positions_not_places_in_the_row(kind: str) -> None:
+    """The rejected tokens stand behind the chosen ones; only tokens before them are in their window."""
+    pair = TokenizedPair(list(range(1, 21)), [*range(1, 9), *range(40, 52)], 8, 8)
+    found = []
+    for window in (4, 512):
+        model = model_of(kind, sliding_window=window)
+        packed, padded = scorers(model)
+        with torch.no_grad():
+            found.append(packed.logps(pack([pair])).rejected)
+            torch.testing.assert_close(found[-1], padded.logps(collate([pair], pad_id=0)).rejected)
+    assert (found[0] - found[1]).abs() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("kind", ["qwen2", "cohere", "phi"])
+def test_chunks_change_nothing(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a row, of a part of a pair, and of some whole pairs; the head of phi has a bias, cohere's a scale."""
+    model, batch = model_of(kind), pack(pairs_of(6, seed=3))
+    packed, _ = scorers(model)
+    whole = graded(packed, batch, LOSSES[0], model)
+    monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", rows * 512)
+    assert_same(graded(packed, batch, LOSSES[0], model), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(packed.logps(batch).chosen, whole[1].chosen, rtol=1e-6, atol=1e-5)
+
+
+def test_a_cap_on_the_logits() -> None:
+    """Gemma 3 has none by itself."""
+    model, pairs = model_of("gemma3_text", final_logit_softcapping=3.0), pairs_of(4)
+    packed, padded = scorers(model)
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+
+
+def test_the_states_under_the_head_are_asked_for_once_and_not_their_logits() -> None:
+    model = model_of("qwen2")
+    packed, _ = scorers(model)
+    shapes: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
+    graded(packed, pack(pairs_of(3)), LOSSES[0], model)
+    assert shapes == [torch.Size([1, 1, 512])]
+
+
+def test_adapters_under_and_on_the_head() -> None:
+    """A frozen head gets no gradient; one with an adapter goes the long way."""
+    pairs = pairs_of(4)
+    for targets, has_head in ((["q_proj", "down_proj"], True), (["q_proj", "lm_head"], False)):
+        model = get_peft_model(model_of("qwen2"), LoraConfig(r=2, target_modules=targets))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(weight, std=0.1)
+        packed, padded = scorers(model)
+        assert (packed.head is not None) == has_head
+        expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+        found = graded(packed, pack(pairs), LOSSES[0], model)
+        assert all("lora" in name for name in found[2])
+        assert_same(found, expected)
+
+
+def test_tied_weights_get_the_gradient_of_both() -> None:
+    model, pairs = model_of("qwen2", tie_word_embeddings=True), pairs_of(4)
+    model.tie_weights()
+    packed, padded = scorers(model)
+    assert packed.head is not None
+    assert packed.head.weight_VD is model.get_input_embeddings().weight
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+
+
+def test_recomputed_activations() -> None:
+    model, batch = model_of("llama"), pack(pairs_of(4))
+    packed, _ = scorers(model)
+    expected = graded(packed, batch, LOSSES[0], model)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(graded(packed, batch, LOSSES[0], model), expected)
+
+
+def test_half_precision_is_as_near_as_that_of_padded_pairs() -> None:
+    model, pairs = model_of("llama"), pairs_of(6)
+    _, padded = scorers(model)
+    exact = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)[1].chosen
+    model.bfloat16()
+    packed, padded = scorers(model, dtype=torch.bfloat16)
+    found = graded(packed, pack(pairs), LOSSES[0], model)
+    other = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert found[1].chosen.dtype == torch.float32
+    assert (found[1].chosen - exact).abs().max() <= 2 * (other[1].chosen - exact).abs().max() + 0.05
+    assert all(each.dtype == torch.bfloat16 for each in found[2].values())
+
+
+def test_answers_that_begin_alike_share_their_tokens_and_both_score_them() -> None:
+    pair = TokenizedPair([1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], 2, 2)
+    batch = pack([pair])
+    assert batch.segments == ((4, 0, 1),)
+    assert batch.scored == ((3, 4),)
+    assert batch.predicts_U.tolist() == [1, 2, 3, 4]
+    assert batch.source_S.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    model = model_of("qwen2")
+    packed, padded = scorers(model)
+    expected = graded(padded, collate([pair], pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, batch, LOSSES[0], model), expected)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        TokenizedPair([5, 6], [7, 8, 9], 1, 1),  # nothing shared
+        TokenizedPair([5, 6, 7], [5, 6], 1, 1),  # one is the beginning of the other
+        TokenizedPair([5, 6, 7], [5, 6, 7], 2, 2),  # the same
+        TokenizedPair([5, 6], [7, 8], 0, 0),  # no prompt: nothing predicts the first token
+    ],
+)
+def test_odd_pairs(pair: TokenizedPair) -> None:
+    model = model_of("llama")
+    packed, padded = scorers(model)
+    pairs = [pair, *pairs_of(2)]
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+
+
+def test_both_layouts_say_the_same_of_their_rows() -> None:
+    pairs = pairs_of(4)
+    packed, padded = pack(pairs), collate(pairs, pad_id=0)
+    for one, other, pair in zip(packed.chosen_rows(), padded.chosen_rows(), pairs, strict=True):
+        assert one.tolist() == other.tolist() == pair.chosen
+    moved = packed.to(CPU)
+    assert isinstance(moved, PackedBatch)
+    assert moved.segments == packed.segments
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_models_that_cannot(kind: str) -> None:
+    model = tiny_model(kind, **MODELS.get(kind, FAMILIES.get(kind, {})))
+    attention = model.config._attn_implementation
+    found, reason = make_scorer(model.forward, model, CONFIG, torch.float32, CPU)
+    assert (found.is_packed, reason, model.config._attn_implementation) == (False, PADDED[kind], attention)
+    with pytest.raises(
+        ModelError, match=f"model.layout: packed is not for this model: {PADDED[kind]}; leave it auto"
+    ):
+        make_scorer(model.forward, model, CONFIG.model_copy(update={"layout": "packed"}), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"attn_implementation": "eager"}, "model.attn_implementation is eager"),
+        ({"neftune_noise_alpha": 5.0}, "model.neftune_noise_alpha is on"),
+        ({"compile": CompileConfig()}, "model.compile is on"),
+    ],
+)
+def test_configs_that_cannot(changed: dict[str, Any], words: str) -> None:
+    assert obstacle_of(model_of("qwen2"), CONFIG.model_copy(update=changed)) == words
+
+
+def test_architectures_that_cannot() -> None:
+    model = model_of("qwen2")
+    assert obstacle_of(model, CONFIG) is None
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert obstacle_of(model, CONFIG) == "it has layers of chunked_attention"
+    dropping = model_of("gpt2")
+    dropping.transformer.drop.p = 0.1
+    assert obstacle_of(dropping, CONFIG) == "its dropout is on"
+
+
+def test_layout_padded_leaves_the_model_alone() -> None:
+    model = model_of("qwen2")
+    padded = CONFIG.model_copy(update={"layout": "padded"})
+    found, reason = make_scorer(model.forward, model, padded, torch.float32, CPU)
+    assert (found.is_packed, reason, model.config._attn_implementation) == (
+        False,
+        "model.layout: padded",
+        "sdpa",
+    )
+
+
+def test_a_model_that_does_something_else_with_packed_pairs_is_found_out() -> None:
+    """Positions of its own count: what no list knows, the probe sees."""
+    model = model_of("qwen2")
+    forward = model.forward
+
+    def astray(**inputs: Any) -> Any:
+        if "segments" in inputs:
+            inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+        return forward(**inputs)
+
+    found, reason = make_scorer(astray, model, CONFIG, torch.float32, CPU)
+    assert not found.is_packed
+    assert reason is not None
+    assert reason.startswith("its log-probabilities of packed pairs differ by ")
+
+    def unable(**inputs: Any) -> Any:
+        if "segments" in inputs:
+            raise TypeError("forward() got an unexpected keyword argument 'segments'")
+        return forward(**inputs)
+
+    _, reason = make_scorer(unable, model, CONFIG, torch.float32, CPU)
+    assert reason == "a packed batch fails: forward() got an unexpected keyword argument 'segments'"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_head_that_does_more_than_it_says_is_left_to_the_model() -> None:
+    """A multiplier under another name: packed, and with the model's own logits."""
+    model = model_of("qwen2")
+    forward = model.forward
+
+    def scaled(**inputs: Any) -> Any:
+        return SimpleNamespace(logits=forward(**inputs).logits * 0.5)
+
+    found, reason = make_scorer(scaled, model, CONFIG, torch.float32, CPU)
+    assert (found.is_packed, found.head, reason) == (True, None, None)
+
+
+def test_what_attention_would_leave_out_is_refused() -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="packed attention has no softcap and no dropout"):
+        packed_attention(
+            nn.Module(), states, states, states, None, segments=((1, 1, 1),), softcap=2.0, dropout=0.1
+        )
+
+
+def test_generation_goes_on_as_before() -> None:
+    model = model_of("qwen2").eval()
+    prompt = torch.tensor([[1, 2, 3, 4]])
+    before = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    scorers(model)
+    assert model.config._attn_implementation == NAME
+    assert model.generate(prompt, max_new_tokens=5, do_sample=False).tolist() == before.tolist()
