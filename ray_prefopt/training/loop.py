@@ -184,7 +184,7 @@ class _Training:
         ids = plan.step_ids(inputs.step)
         step = inputs.step + 1
         self._state = replace(self._state, step=step, order_hash=extend_hash(self._state.order_hash, ids))
-        self._meter.add(len(ids), int(self._blocks.total_lengths[ids].sum()))
+        self._meter.add(len(ids), int(plan.lengths[ids].sum()))
 
         due = self._due
         callbacks.at(step, plan.epoch_at(step), self._meter.tokens_seen)
@@ -333,11 +333,12 @@ def step_inputs(
 ) -> Iterator[StepInput]:
     """This rank's inputs of every step from `start` to the end of the plan."""
     rank, world_size = ranks.rank(), ranks.world_size()
+    chosen_lengths = blocks.chosen_lengths
     for step in range(start, plan.total_steps):
         ids = plan.step_ids(step)
         micro_ids = plan.micro_batches(step, rank, world_size)
         batches = [_batch(reader, micro, ids, pack) for micro in micro_ids]
-        yield StepInput(step, StepTotals(len(ids), int(blocks.chosen_lengths[ids].sum())), batches, micro_ids)
+        yield StepInput(step, StepTotals(len(ids), int(chosen_lengths[ids].sum())), batches, micro_ids)
 
 
 def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> Batch:
