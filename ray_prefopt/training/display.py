@@ -97,6 +97,9 @@ class Display:
     def _on_controller(self, controller: Any) -> None:
         """Nothing to see."""
 
+    def _on_note(self, text: str) -> None:
+        self._say(text)
+
     def _on_warning(self, text: str) -> None:
         self._say(f"warning: {text}")
 

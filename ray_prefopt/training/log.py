@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the actor of a run without them should not wait for transfo
 CLOSE_S = 60.0
 """Longest wait for trackers to finish."""
 Event = tuple[str, Any]
-"""Kind (`controller`, `started`, `metrics`, `saved`, `warning`) and what belongs to it."""
+"""Kind (`controller`, `started`, `metrics`, `saved`, `note`, `warning`) and what belongs to it."""
 
 
 class Lines:
@@ -130,6 +130,10 @@ class RunLog:
     def controlled(self, controller: Any) -> None:
         """`controller` is the actor that runs the workers of this attempt."""
         self._events.append(("controller", controller))
+
+    def note(self, text: str) -> None:
+        """Something that whoever watches may want to know."""
+        self._events.append(("note", text))
 
     def warn(self, text: str) -> None:
         self._gauges.count("warnings")

@@ -95,6 +95,7 @@ class Reports:
     """To Ray Train, by all ranks: a barrier."""
     returned: Callable[[Returned], None] = lambda _: None
     samples: Callable[[list[Sample]], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
     step_begins: Callable[[int], None] = lambda _: None
     """On every rank."""
     measured: Callable[[Record], None] = lambda _: None
@@ -140,7 +141,7 @@ class _Training:
         self._objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
         self._scorer, why_padded = _scorer_of(job, engine)
         if why_padded and job.config.model.layout == "auto":
-            reports.warn(f"pairs are padded, not packed: {why_padded}")
+            reports.note(f"pairs are padded, not packed: {why_padded}")
         self._evaluations = _eval_sets(job, engine, self._scorer)
         self._best_metric = best_metric(
             self._run, self._evaluations, is_open=job.hooks.compute_metrics is not None

@@ -28,6 +28,7 @@ def train(job: Job, log: Any) -> None:
         log=on_rank_0(log.log.remote),
         saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
         warn=on_rank_0(log.warn.remote),
+        note=on_rank_0(log.note.remote),
         report=ray.train.report,
         samples=on_rank_0(log.sampled.remote),
         returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),

@@ -74,12 +74,14 @@ def test_a_run_from_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
         ("metrics", RECORD),
         ("metrics", {"step": 12, "epoch": 0.3, "eval_loss": 0.5, "eval_rewards/accuracies": 1.0}),
         ("saved", ("s3://bucket/run/checkpoints/step-00000012-0123abcd", 12)),
+        ("note", "pairs are padded, not packed: it is an encoder-decoder"),
         ("warning", "the checkpoint could [not] be written"),
     ]
     assert shown(capsys, *events) == [
         f"step 12/40 30% | {SUMMARY}",
         "step 12: eval_loss 0.5000  eval_rewards/accuracies 1.0000",
         "step 12: checkpoint step-00000012-0123abcd",
+        "pairs are padded, not packed: it is an encoder-decoder",
         "warning: the checkpoint could [not] be written",
     ]
 
