@@ -10,17 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from fsspec.core import url_to_fs
-from transformers import EvalPrediction, PretrainedConfig
+from rich.filesize import decimal
+from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 
 from ray_prefopt.config import ModelConfig, Source, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.engine.ds_config import build_ds_config
+from ray_prefopt.engine.memory import ModelSize, estimate
 from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
+from ray_prefopt.model.adapters import attach_lora
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture, model_class
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.callbacks import Returned
@@ -231,8 +235,12 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     config = resolved(config)
     architecture = _check(config)
     run, data, engine = config.run, config.data, config.engine
+    with torch.device("meta"):
+        model = model_class(architecture).from_config(
+            architecture, trust_remote_code=config.model.trust_remote_code
+        )
     plan: dict[str, Any] = {
-        "model": _describe_model(config.model, architecture),
+        "model": _describe_model(config.model, architecture, model.num_parameters()),
         "pairs": {
             name or "eval": _describe_pairs(config, sources)
             for name, sources in {"train": data.train_sources, **data.eval_sets}.items()
@@ -242,6 +250,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
             "number": run.num_workers,
             "each": f"{run.cpus_per_worker} CPU" + (", 1 GPU" if run.use_gpu else ""),
             "engine": f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain",
+            **(_describe_memory(config, architecture, model) if data.train_sources else {}),
         },
     }
     if data.train_sources:
@@ -253,14 +262,10 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 # --- Parts of a plan ---
 
 
-def _describe_model(config: ModelConfig, architecture: PretrainedConfig) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = model_class(architecture).from_config(
-            architecture, trust_remote_code=config.trust_remote_code
-        )
+def _describe_model(config: ModelConfig, architecture: PretrainedConfig, parameters: int) -> dict[str, Any]:
     return {
         "architecture": architecture.model_type,
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "dtype": str(compute_dtype(config, architecture)).removeprefix("torch."),
         "trained": _describe_trained(config),
     }
@@ -270,6 +275,53 @@ def _describe_trained(config: ModelConfig) -> str:
     if not config.has_adapter:
         return "all weights"
     return f"LoRA adapters of rank {config.lora.r}" if config.lora else f"the LoRA adapter {config.adapter}"
+
+
+def _describe_memory(
+    config: TrainConfig, architecture: PretrainedConfig, model: PreTrainedModel
+) -> dict[str, str]:
+    """Of each worker at the peak of a step; nothing where `engine.memory` has no estimate. `model` is on no device."""
+    given, run, engine = config.model, config.run, config.engine
+    if given.quantization or given.adapter or architecture.is_encoder_decoder:
+        return {}
+    parameters, trainable = model.num_parameters(), None
+    if given.lora is not None:
+        with torch.device("meta"):
+            weights = attach_lora(model, given.lora, seed=0).parameters()
+        trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
+    size = ModelSize.of(architecture.get_text_config(), parameters, trainable)
+    if size is None:
+        return {}
+    tokens, scored = _largest_micro_batch(config)
+    found = estimate(
+        size,
+        tokens=tokens,
+        scored=scored,
+        zero_stage=engine.zero_stage if engine.kind == "zero" else None,
+        world_size=run.num_workers,
+        is_half=compute_dtype(given, architecture) != torch.float32,
+        checkpointing=given.gradient_checkpointing,
+        offload_optimizer=engine.offload_optimizer != "none",
+        offload_param=engine.offload_param != "none",
+        device="cuda" if run.use_gpu else "cpu",
+    )
+    total, activations = decimal(found.device), decimal(found.activations)
+    host = f"; {decimal(found.host)} of the host" if found.host else ""
+    return {"memory": f"about {total}, of which {activations} for {tokens:,} tokens at once{host}"}
+
+
+def _largest_micro_batch(config: TrainConfig) -> tuple[int, int]:
+    """Tokens, and scored ones, of the longest pairs; as long as they may be while they are not prepared."""
+    data, run = config.data, config.run
+    blocks = find_blocks(data, config.model, data.train_sources, run.storage_path)
+    if blocks is None:
+        return 2 * data.max_length * run.micro_batch, 2 * data.max_length * run.micro_batch
+    lengths = blocks.lengths
+    is_packed = config.model.layout != "padded"
+    shared = np.minimum(lengths.chosen_start, lengths.rejected_start) if is_packed else 0
+    longest = np.argsort(shared - blocks.total_lengths)[: run.micro_batch]
+    scored = blocks.chosen_lengths + blocks.rejected_lengths
+    return int((blocks.total_lengths - shared)[longest].sum()), int(scored[longest].sum())
 
 
 def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str, Any]:

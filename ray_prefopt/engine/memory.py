@@ -1,0 +1,165 @@
+"""How much memory a rank needs, as arithmetic on the sizes of a model, a micro-batch and an engine.
+
+Everything is in bytes, and of tensors alone: a process has its libraries besides, and an allocator leaves gaps. The
+activations are those of a decoder with RMS norms, rotary positions and a gated MLP, such as Llama, Qwen or Mistral, for
+the tokens that are computed: with packed pairs nothing is padded, and what two completions share is there once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+HALF, SINGLE = 2, 4
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed gathers before it reduces them (reduce_bucket_size)."""
+LIVE = 1_000_000_000
+"""Weights that stage 3 keeps whole at once (stage3_max_live_parameters): all of them, of a model that is smaller."""
+CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+"""Logits that the head holds at once (losses.head.CHUNK_ELEMENTS)."""
+WHOLE = 1 << 27
+"""Logits that are in fp32 at once where the head has all of them (losses.logps.CHUNK_ELEMENTS)."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model's shape decides about memory."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    vocabulary: int
+    intermediate: int
+    """Width of the MLP."""
+    key_value: int
+    """Width of keys, and of values: `hidden`, or less with grouped heads."""
+    trainable: int | None = None
+    """Weights that are trained; all of them unless there are adapters."""
+
+    @classmethod
+    def of(cls, architecture: Any, parameters: int, trainable: int | None = None) -> Self | None:
+        """By the config of a model of transformers; None where it does not say what it would have to."""
+        try:
+            hidden, heads = architecture.hidden_size, architecture.num_attention_heads
+            groups = getattr(architecture, "num_key_value_heads", None) or heads
+            return cls(
+                parameters,
+                hidden,
+                architecture.num_hidden_layers,
+                architecture.vocab_size,
+                architecture.intermediate_size,
+                groups * (getattr(architecture, "head_dim", None) or hidden // heads),
+                trainable,
+            )
+        except AttributeError:
+            return None
+
+    @property
+    def trained(self) -> int:
+        return self.parameters if self.trainable is None else self.trainable
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """States of AdamW, and the fp32 master weights beside those that compute."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    head: int
+    """Logits, and the gradient of the weights that make them."""
+    working: int
+    """What the engine gathers: weights of stage 3, buckets of gradients, copies of autocast."""
+    host: int = 0
+    """In the host's memory, of what is offloaded."""
+
+    @property
+    def device(self) -> int:
+        """On the GPU, or in the process where there is none."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.working
+
+
+def estimate(
+    size: ModelSize,
+    *,
+    tokens: int,
+    scored: int,
+    zero_stage: Literal[0, 1, 2, 3] | None,
+    world_size: int = 1,
+    is_half: bool = True,
+    checkpointing: bool = False,
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+    device: Literal["cpu", "cuda"] = "cuda",
+) -> MemoryEstimate:
+    """The peak of a step with AdamW.
+
+    `tokens` are those of a micro-batch that are computed, `scored` those of them that predict completion tokens;
+    `zero_stage` is None for the plain engine.
+    """
+    stage = zero_stage or 0
+    width = HALF if is_half else SINGLE
+    trained = size.trained
+    shard = -(-trained // world_size)
+    weights = (width if stage else SINGLE) * size.parameters
+    if stage == 3:
+        weights = -(-weights // world_size)
+    gradients = SINGLE * (shard if stage >= 2 else trained)
+    optimizer = (3 * SINGLE * shard) if stage else 2 * SINGLE * trained
+    working = _working(size, zero_stage, width, device)
+    host = 0
+    if offload_optimizer:
+        host, optimizer, gradients = host + optimizer + gradients, 0, 0
+    if offload_param:
+        host, weights = host + weights, 0
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activation_bytes(size, tokens, is_half=is_half, checkpointing=checkpointing),
+        head=_head_bytes(size, scored, stage, width, device),
+        working=working,
+        host=host,
+    )
+
+
+def activation_bytes(size: ModelSize, tokens: int, *, is_half: bool, checkpointing: bool) -> int:
+    """What all layers keep of a micro-batch; with checkpointing their inputs, and all of the one that is recomputed."""
+    layer = layer_bytes(size, is_half=is_half)
+    if checkpointing:
+        return tokens * ((HALF if is_half else SINGLE) * size.hidden * size.layers + layer)
+    return tokens * layer * size.layers
+
+
+def layer_bytes(size: ModelSize, *, is_half: bool) -> int:
+    """What autograd keeps per token and layer.
+
+    Each of two norms: its input and what it is before the gain, of which it computes in fp32, and its output, which the
+    linear layers keep; attention: queries, keys, values, its output, and that once more in the order of o_proj, and
+    keys and values again for the rejected completion; the MLP: gate, its activation, up, and their product.
+    """
+    norms = 2 * (SINGLE + HALF + HALF if is_half else 3 * SINGLE) * size.hidden
+    attention = 3 * size.hidden + 4 * size.key_value
+    return norms + (HALF if is_half else SINGLE) * (attention + 4 * size.intermediate)
+
+
+def _head_bytes(size: ModelSize, scored: int, stage: int, width: int, device: str) -> int:
+    """One pass in chunks, with the gradient of its weights in fp32; stage 3 has all logits, and their softmax."""
+    logits = scored * size.vocabulary
+    if stage == 3:
+        return 2 * width * logits + 2 * SINGLE * min(logits, WHOLE)
+    chunk = min(logits, CHUNK[device])
+    own = 2 * width if width == HALF else 0
+    gradient = SINGLE * size.vocabulary * size.hidden if size.trainable is None else 0
+    return chunk * (SINGLE + own) + gradient
+
+
+def _working(size: ModelSize, zero_stage: int | None, width: int, device: str) -> int:
+    if zero_stage is None:
+        return 0 if width == SINGLE else width * size.parameters
+    bucket = min(size.trained, BUCKET)
+    if zero_stage == 0:
+        return SINGLE * bucket + (0 if width == SINGLE else width * size.parameters)
+    buckets = width * bucket * (2 if device == "cuda" else 1)
+    return buckets + (width * min(size.parameters, LIVE) if zero_stage == 3 else 0)
