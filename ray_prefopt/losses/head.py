@@ -9,6 +9,7 @@ Shape suffixes: B pairs, U positions, S scored tokens, C positions of a chunk, V
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,15 +68,32 @@ class Head:
         return logits_CV
 
 
-def one_pass(hidden_UD: Tensor, head: Head, scored: Scored, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
+@dataclass(slots=True)
+class HeadGradient:
+    """Of the head's weights, from when it is known until the backward pass comes to them."""
+
+    weight_VD: Tensor | None = None
+    bias_V: Tensor | None = None
+
+
+def above_head(hidden: Tensor, head: Head, gradient: HeadGradient) -> Tensor:
+    """The same states, whose backward pass gives the head's weights their `gradient` too.
+
+    A model returns these: what DeepSpeed does when a gradient reaches the model's output comes before all weights.
+    """
+    states: Tensor = _AboveHead.apply(hidden, head.weight_VD, head.bias_V, gradient)  # type: ignore[no-untyped-call]
+    return states
+
+
+def one_pass(
+    hidden_UD: Tensor, head: Head, gradient: HeadGradient, scored: Scored, pair_loss: PairLoss
+) -> tuple[Tensor, PairLogps]:
     """The loss of a micro-batch, a scalar with its gradient, and the log-probabilities (without) that it is of.
 
-    `hidden_UD` are the states under the head at the predicting positions, in the order of `scored`.
+    `hidden_UD` are states of `above_head` with this `gradient`, at the predicting positions in the order of `scored`.
     """
     found = _Found(scored, hidden_UD.device)
-    loss: Tensor = _OnePass.apply(  # type: ignore[no-untyped-call]
-        hidden_UD, head.weight_VD, head.bias_V, head, scored, pair_loss, found
-    )
+    loss: Tensor = _OnePass.apply(hidden_UD, head, gradient, scored, pair_loss, found)  # type: ignore[no-untyped-call]
     return loss, found.logps()
 
 
@@ -173,19 +191,42 @@ def _logsumexp(logits_CV: Tensor) -> Tensor:
     return logits_CV.logsumexp(-1)
 
 
+class _AboveHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        gradient: HeadGradient,  # noqa: ARG004
+    ) -> Tensor:
+        ctx.gradient, ctx.dtype = gradient, weight_VD.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        of_weight, of_bias = ctx.gradient.weight_VD, ctx.gradient.bias_V
+        ctx.gradient.weight_VD = ctx.gradient.bias_V = None
+        return (
+            d_hidden,
+            None if of_weight is None else of_weight.to(ctx.dtype),
+            None if of_bias is None else of_bias.to(ctx.dtype),
+            None,
+        )
+
+
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden_UD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
         head: Head,
+        gradient: HeadGradient,
         scored: Scored,
         pair_loss: PairLoss,
         found: _Found,
     ) -> Tensor:
-        hidden_UD = hidden_UD.detach()
+        hidden_UD, weight_VD, bias_V = hidden_UD.detach(), head.weight_VD, head.bias_V
         d_hidden_UD = torch.zeros_like(hidden_UD)
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
         d_bias_V = (
@@ -224,21 +265,16 @@ class _OnePass(torch.autograd.Function):
                         d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
                     else:
                         d_weight_VD += d_logits_CV.T @ hidden_CD
-        ctx.gradients = (d_hidden_UD, d_weight_VD, d_bias_V)  # type: ignore[attr-defined]
-        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)  # type: ignore[attr-defined]
+        gradient.weight_VD, gradient.bias_V = d_weight_VD, d_bias_V
+        ctx.gradient, ctx.d_hidden_UD = gradient, d_hidden_UD
         return pair_loss(found.logps()).detach()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_UD, d_weight_VD, d_bias_V = ctx.gradients  # type: ignore[attr-defined]
-        del ctx.gradients  # type: ignore[attr-defined]
-        of_weight, of_bias = ctx.dtypes  # type: ignore[attr-defined]
-        return (
-            d_hidden_UD.mul_(upstream),
-            None if d_weight_VD is None else d_weight_VD.mul_(upstream).to(of_weight),
-            None if d_bias_V is None else d_bias_V.mul_(upstream).to(of_bias),
-            None, None, None, None,
-        )  # fmt: skip
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        for each in (ctx.gradient.weight_VD, ctx.gradient.bias_V):
+            if each is not None:
+                each.mul_(upstream)
+        return ctx.d_hidden_UD.mul_(upstream), None, None, None, None, None
 
 
 def _slopes(found: _Found, scored: Scored, pair_loss: PairLoss) -> Tensor:

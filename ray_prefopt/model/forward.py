@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ray_prefopt.data.collate import PackedBatch, PairBatch
-from ray_prefopt.losses.head import Head, PairLoss, Scored, chunked_logps, one_pass
+from ray_prefopt.losses.head import Head, HeadGradient, PairLoss, Scored, above_head, chunked_logps, one_pass
 from ray_prefopt.losses.logps import PairLogps, token_logps
 
 ForwardFn = Callable[..., Any]
@@ -41,9 +41,10 @@ class Scorer:
     """As `keeps_logits` says of the model."""
     is_packed: bool = False
     """Whether micro-batches should be packed."""
-    head_module: nn.Module | None = None
-    """The module under the logits, where its gradient can be had in one pass with them; packed batches alone use it."""
+    model: Any = None
+    """What `forward` calls in the end; needed with a head."""
     head: Head | None = None
+    """Of the model, where its gradient can be had in one pass with the logits; packed batches alone use it."""
 
     def logps(self, batch: Batch) -> PairLogps:
         """Log-probabilities of both completions of each pair."""
@@ -51,31 +52,34 @@ class Scorer:
             return pair_logps(self.forward, batch, keep_logits=self.keep_logits)
         if self.head is None or torch.is_grad_enabled():
             return _packed_logps(self.forward, batch)
-        return chunked_logps(self._states(batch), self.head, _scored(batch))
+        return chunked_logps(self._states(batch, self.head, HeadGradient()), self.head, _scored(batch))
 
     def loss(self, batch: Batch, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
         """The loss of a micro-batch, a scalar with its gradient, and the log-probabilities that it is of."""
         if self.head is None or isinstance(batch, PairBatch):
             logps = self.logps(batch)
             return pair_loss(logps), logps
-        return one_pass(self._states(batch), self.head, _scored(batch), pair_loss)
+        gradient = HeadGradient()
+        states_UD = self._states(batch, self.head, gradient)
+        return one_pass(states_UD, self.head, gradient, _scored(batch), pair_loss)
 
-    def _states(self, batch: PackedBatch) -> Tensor:
-        """The states under the head at the positions that predict, (U, D). One of them goes through the head itself,
-        for whatever else the model does there."""
-        assert self.head_module is not None
-        seen: list[Tensor] = []
+    def _states(self, batch: PackedBatch, head: Head, gradient: HeadGradient) -> Tensor:
+        """The states under the head at the positions that predict, (U, D)."""
+        caught: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            seen.append(args[0])
+            """One of them goes on to the head, for whatever the model does there."""
+            caught.append(args[0])
             return (args[0][..., :1, :],)
 
-        hook = self.head_module.register_forward_pre_hook(catch)
-        try:
-            self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U)
-        finally:
-            hook.remove()
-        return seen[0].view(-1, seen[0].shape[-1])
+        def hand_out(_: nn.Module, __: Any, output: Any) -> Any:
+            output.logits = above_head(caught.pop(), head, gradient)
+            return output
+
+        head_module = base_of(self.model).get_output_embeddings()
+        with head_module.register_forward_pre_hook(catch), self.model.register_forward_hook(hand_out):
+            output = self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U)
+        return output.logits.view(-1, output.logits.shape[-1])
 
 
 def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True) -> PairLogps:

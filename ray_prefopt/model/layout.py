@@ -39,11 +39,7 @@ def make_scorer(
         base.set_attn_implementation(NAME)
         packed = Scorer(forward, is_packed=True)
         head = head_of(model) if dtype != torch.float16 else None
-        candidates = (
-            [packed]
-            if head is None
-            else [replace(packed, head_module=base.get_output_embeddings(), head=head), packed]
-        )
+        candidates = [packed] if head is None else [replace(packed, model=model, head=head), packed]
         for candidate in candidates:
             obstacle = _difference(candidate, padded, model, dtype, device)
             if obstacle is None:

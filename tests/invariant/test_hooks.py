@@ -321,7 +321,7 @@ def test_pairs_can_be_changed_before_they_become_tensors(inputs: Inputs, tmp_pat
     assert other["eval_rewards/margins"] == pytest.approx(-plain["eval_rewards/margins"], rel=1e-5)
     records, _ = worked(job_of(inputs, config, tmp_path, repack=swapped))
     before, _ = worked(job_of(inputs, config, tmp_path / "plain"))
-    assert records[0]["rewards/margins"] == pytest.approx(-before[0]["rewards/margins"], rel=1e-5)
+    assert records[0]["rewards/margins"] == pytest.approx(-before[0]["rewards/margins"], rel=1e-4)
 
 
 # --- There and back ---

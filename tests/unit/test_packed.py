@@ -68,9 +68,9 @@ def scorers(
     model: Any, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32
 ) -> tuple[Scorer, Scorer]:
     """Of packed and of padded pairs."""
-    found, reason = make_scorer(model.forward, model, config, dtype, CPU)
+    found, reason = make_scorer(model, model, config, dtype, CPU)
     assert (found.is_packed, reason) == (True, None)
-    return found, Scorer(model.forward)
+    return found, Scorer(model)
 
 
 def graded(
@@ -249,12 +249,12 @@ def test_both_layouts_say_the_same_of_their_rows() -> None:
 def test_models_that_cannot(kind: str) -> None:
     model = tiny_model(kind, **MODELS.get(kind, FAMILIES.get(kind, {})))
     attention = model.config._attn_implementation
-    found, reason = make_scorer(model.forward, model, CONFIG, torch.float32, CPU)
+    found, reason = make_scorer(model, model, CONFIG, torch.float32, CPU)
     assert (found.is_packed, reason, model.config._attn_implementation) == (False, PADDED[kind], attention)
     with pytest.raises(
         ModelError, match=f"model.layout: packed is not for this model: {PADDED[kind]}; leave it auto"
     ):
-        make_scorer(model.forward, model, CONFIG.model_copy(update={"layout": "packed"}), torch.float32, CPU)
+        make_scorer(model, model, CONFIG.model_copy(update={"layout": "packed"}), torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_architectures_that_cannot() -> None:
 def test_layout_padded_leaves_the_model_alone() -> None:
     model = model_of("qwen2")
     padded = CONFIG.model_copy(update={"layout": "padded"})
-    found, reason = make_scorer(model.forward, model, padded, torch.float32, CPU)
+    found, reason = make_scorer(model, model, padded, torch.float32, CPU)
     assert (found.is_packed, reason, model.config._attn_implementation) == (
         False,
         "model.layout: padded",
@@ -293,7 +293,7 @@ def test_layout_padded_leaves_the_model_alone() -> None:
 def test_a_model_that_does_something_else_with_packed_pairs_is_found_out() -> None:
     """Positions of its own count: what no list knows, the probe sees."""
     model = model_of("qwen2")
-    forward = model.forward
+    forward = model
 
     def astray(**inputs: Any) -> Any:
         if "segments" in inputs:
@@ -316,14 +316,14 @@ def test_a_model_that_does_something_else_with_packed_pairs_is_found_out() -> No
 
 
 def test_a_head_that_does_more_than_it_says_is_left_to_the_model() -> None:
-    """A multiplier under another name: packed, and with the model's own logits."""
+    """A cap under another name: packed, and with the model's own logits."""
     model = model_of("qwen2")
-    forward = model.forward
+    forward = model
 
-    def scaled(**inputs: Any) -> Any:
-        return SimpleNamespace(logits=forward(**inputs).logits * 0.5)
+    def capped(**inputs: Any) -> Any:
+        return SimpleNamespace(logits=torch.tanh(forward(**inputs).logits))
 
-    found, reason = make_scorer(scaled, model, CONFIG, torch.float32, CPU)
+    found, reason = make_scorer(capped, model, CONFIG, torch.float32, CPU)
     assert (found.is_packed, found.head, reason) == (True, None, None)
 
 
