@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 HALF, SINGLE = 2, 4
+Precision = Literal["single", "half", "autocast"]
+"""Of what is computed; autocast has fp32 weights and norms around products in half precision."""
 BUCKET = 500_000_000
 """Gradients that DeepSpeed gathers before it reduces them (reduce_bucket_size)."""
 LIVE = 1_000_000_000
@@ -70,14 +72,17 @@ class MemoryEstimate:
     head: int
     """Logits, and the gradient of the weights that make them."""
     working: int
-    """What the engine gathers: weights of stage 3, buckets of gradients, copies of autocast."""
-    host: int = 0
-    """In the host's memory, of what is offloaded."""
+    """Held throughout: gathered weights of stage 3, copies of autocast, buckets on a GPU."""
+    reduction: int
+    """Held when activations are gone: gradients on their way to where they belong."""
+    host: int
+    """In the host's memory: what is offloaded."""
 
     @property
     def device(self) -> int:
         """On the GPU, or in the process where there is none."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.working
+        lasting = self.weights + self.gradients + self.optimizer + self.working
+        return lasting + max(self.activations + self.head, self.reduction)
 
 
 def estimate(
@@ -93,22 +98,25 @@ def estimate(
     offload_param: bool = False,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> MemoryEstimate:
-    """The peak of a step with AdamW.
+    """The peak of a step of several micro-batches with AdamW.
 
     `tokens` are those of a micro-batch that are computed, `scored` those of them that predict completion tokens;
     `zero_stage` is None for the plain engine.
     """
     stage = zero_stage or 0
-    width = HALF if is_half else SINGLE
-    trained = size.trained
-    shard = -(-trained // world_size)
-    weights = (width if stage else SINGLE) * size.parameters
+    precision: Precision = "single" if not is_half else "half" if stage else "autocast"
+    trained, shard = size.trained, -(-size.trained // world_size)
+    weights = _width(precision) * size.parameters
+    gradients = SINGLE * (shard if stage >= 2 else trained)
+    if stage == 1 and is_half:
+        gradients += HALF * trained  # as they come, before they are added up
+    optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
+    working, reduction = _of_engine(size, zero_stage, shard, precision, device)
+    if reduction and stage < 3:
+        reduction += SINGLE * min(scored * size.vocabulary, CHUNK[device])  # the buffer of logits stays
+    host = 0
     if stage == 3:
         weights = -(-weights // world_size)
-    gradients = SINGLE * (shard if stage >= 2 else trained)
-    optimizer = (3 * SINGLE * shard) if stage else 2 * SINGLE * trained
-    working = _working(size, zero_stage, width, device)
-    host = 0
     if offload_optimizer:
         host, optimizer, gradients = host + optimizer + gradients, 0, 0
     if offload_param:
@@ -117,49 +125,67 @@ def estimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(size, tokens, is_half=is_half, checkpointing=checkpointing),
-        head=_head_bytes(size, scored, stage, width, device),
+        activations=activation_bytes(size, tokens, precision, checkpointing=checkpointing),
+        head=_head_bytes(size, scored, stage, is_half=is_half, device=device),
         working=working,
+        reduction=reduction,
         host=host,
     )
 
 
-def activation_bytes(size: ModelSize, tokens: int, *, is_half: bool, checkpointing: bool) -> int:
-    """What all layers keep of a micro-batch; with checkpointing their inputs, and all of the one that is recomputed."""
-    layer = layer_bytes(size, is_half=is_half)
-    if checkpointing:
-        return tokens * ((HALF if is_half else SINGLE) * size.hidden * size.layers + layer)
-    return tokens * layer * size.layers
+def activation_bytes(size: ModelSize, tokens: int, precision: Precision, *, checkpointing: bool) -> int:
+    """What all layers keep of a micro-batch; with checkpointing their inputs, and all of the one that is recomputed.
+
+    Besides, the gradients of what is in the layer that the backward pass is at: of its MLP and of the states around it.
+    """
+    width = HALF if precision == "half" else SINGLE
+    layer = layer_bytes(size, precision)
+    kept = width * size.hidden * size.layers + layer if checkpointing else layer * size.layers
+    return tokens * (kept + 2 * width * (size.hidden + size.intermediate))
 
 
-def layer_bytes(size: ModelSize, *, is_half: bool) -> int:
+def layer_bytes(size: ModelSize, precision: Precision) -> int:
     """What autograd keeps per token and layer.
 
     Each of two norms: its input and what it is before the gain, of which it computes in fp32, and its output, which the
     linear layers keep; attention: queries, keys, values, its output, and that once more in the order of o_proj, and
     keys and values again for the rejected completion; the MLP: gate, its activation, up, and their product.
     """
-    norms = 2 * (SINGLE + HALF + HALF if is_half else 3 * SINGLE) * size.hidden
+    norm = {"single": 3 * SINGLE, "half": SINGLE + 2 * HALF, "autocast": 3 * SINGLE + HALF}[precision]
     attention = 3 * size.hidden + 4 * size.key_value
-    return norms + (HALF if is_half else SINGLE) * (attention + 4 * size.intermediate)
+    return 2 * norm * size.hidden + (SINGLE if precision == "single" else HALF) * (
+        attention + 4 * size.intermediate
+    )
 
 
-def _head_bytes(size: ModelSize, scored: int, stage: int, width: int, device: str) -> int:
+def _width(precision: Precision) -> int:
+    """Of a weight."""
+    return HALF if precision == "half" else SINGLE
+
+
+def _head_bytes(size: ModelSize, scored: int, stage: int, *, is_half: bool, device: str) -> int:
     """One pass in chunks, with the gradient of its weights in fp32; stage 3 has all logits, and their softmax."""
     logits = scored * size.vocabulary
     if stage == 3:
-        return 2 * width * logits + 2 * SINGLE * min(logits, WHOLE)
-    chunk = min(logits, CHUNK[device])
-    own = 2 * width if width == HALF else 0
+        return 2 * (HALF if is_half else SINGLE) * logits + 2 * SINGLE * min(logits, WHOLE)
+    copies = 2 * HALF if is_half else 0
     gradient = SINGLE * size.vocabulary * size.hidden if size.trainable is None else 0
-    return chunk * (SINGLE + own) + gradient
+    return min(logits, CHUNK[device]) * (SINGLE + copies) + gradient
 
 
-def _working(size: ModelSize, zero_stage: int | None, width: int, device: str) -> int:
+def _of_engine(
+    size: ModelSize, zero_stage: int | None, shard: int, precision: Precision, device: str
+) -> tuple[int, int]:
+    """What an engine holds throughout, and what only when gradients are reduced.
+
+    DeepSpeed reserves a bucket and the next one beforehand; on a CPU memory is taken when it is written to, and nothing
+    overlaps. From stage 2 on a rank has its new gradients beside the sum, and all in one piece for the step.
+    """
+    copies = HALF * size.parameters if precision == "autocast" else 0
     if zero_stage is None:
-        return 0 if width == SINGLE else width * size.parameters
-    bucket = min(size.trained, BUCKET)
-    if zero_stage == 0:
-        return SINGLE * bucket + (0 if width == SINGLE else width * size.parameters)
-    buckets = width * bucket * (2 if device == "cuda" else 1)
-    return buckets + (width * min(size.parameters, LIVE) if zero_stage == 3 else 0)
+        return copies, 0
+    gathered = _width(precision) * min(size.parameters, LIVE) if zero_stage == 3 else 0
+    bucket = _width(precision) * min(size.trained, BUCKET)
+    if device == "cuda" and zero_stage:
+        return gathered + 2 * bucket, 0
+    return copies + gathered, bucket + (2 * SINGLE * shard if zero_stage >= 2 else 0)
