@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test soak check lint unit format clean
+.PHONY: install demo test soak bench check lint unit format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,9 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.step --quick --arms trl padded unshared shared packed
 
 check: lint unit
 

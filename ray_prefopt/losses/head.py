@@ -67,6 +67,15 @@ class Head:
             logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV
 
+    def mean_logits(self, hidden_CD: Tensor, logits_CV: Tensor) -> Tensor:
+        """(C,): by the mean of the weights where that is the same, which is less work."""
+        if self.softcap is not None:
+            return logits_CV.mean(-1)
+        means_C = hidden_CD.float() @ self.weight_VD.detach().mean(0, dtype=torch.float32)
+        if self.bias_V is not None:
+            means_C += self.bias_V.detach().float().mean()
+        return means_C * self.scale
+
 
 @dataclass(slots=True)
 class HeadGradient:
@@ -131,6 +140,11 @@ class _Part:
     tokens: Tensor
     """Indices into the scored tokens."""
 
+    def source(self, scored: Scored) -> Tensor:
+        """Which of these positions predicts each of the tokens."""
+        first: int = self.rows.start
+        return scored.source_S[self.tokens] - first
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -167,28 +181,20 @@ def _groups(scored: Scored, rows_at_once: int) -> Iterator[_Group]:
 
 def _score(
     hidden_CD: Tensor, head: Head, scored: Scored, part: _Part, found: _Found
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Note log-probabilities and mean logits of a part; returns its logits, their log-sum-exp, and the local rows."""
+) -> tuple[Tensor, Tensor | None]:
+    """Note the log-probabilities and mean logits of a part; returns its probabilities, in the buffer, and the slope of
+    the cap if there is one."""
     logits_CV = head.logits(hidden_CD)
-    source = scored.source_S[part.tokens] - part.rows.start
-    targets = scored.targets_S[part.tokens]
-    if head.softcap is None:
-        weight_VD = head.weight_VD.detach()
-        mean_D = weight_VD.mean(0, dtype=torch.float32)
-        means_C = hidden_CD.float() @ mean_D
-        if head.bias_V is not None:
-            means_C += head.bias_V.detach().float().mean()
-        means_C *= head.scale
-    else:
-        means_C = logits_CV.mean(-1)
-    lse_C = _logsumexp(logits_CV)
-    found.logps_S[part.tokens] = logits_CV[source, targets] - lse_C[source]
-    found.means_S[part.tokens] = means_C[source]
-    return logits_CV, lse_C, source
-
-
-def _logsumexp(logits_CV: Tensor) -> Tensor:
-    return logits_CV.logsumexp(-1)
+    source, targets = part.source(scored), scored.targets_S[part.tokens]
+    picked = logits_CV[source, targets]
+    largest_C, at_C = logits_CV.max(-1)
+    slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap) ** 2
+    found.means_S[part.tokens] = head.mean_logits(hidden_CD, logits_CV)[source]
+    # The log-sum-exp from the softmax, so that nothing else as large as the logits is ever needed.
+    probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+    lse_C = largest_C - probs_CV.gather(1, at_C[:, None])[:, 0].log()
+    found.logps_S[part.tokens] = picked - lse_C[source]
+    return probs_CV, slope_CV
 
 
 class _AboveHead(torch.autograd.Function):
@@ -197,8 +203,8 @@ class _AboveHead(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight_VD: Tensor,
-        bias_V: Tensor | None,
-        gradient: HeadGradient,  # noqa: ARG004
+        bias_V: Tensor | None,  # noqa: ARG004  # autograd brings the gradient to it
+        gradient: HeadGradient,
     ) -> Tensor:
         ctx.gradient, ctx.dtype = gradient, weight_VD.dtype
         return hidden.view_as(hidden)
@@ -243,17 +249,15 @@ class _OnePass(torch.autograd.Function):
                 hidden_CD = hidden_UD[part.rows]
                 if not is_whole:
                     kept = _score(hidden_CD, head, scored, part, found)
-                logits_CV, lse_C, source = kept
-                targets, slope = scored.targets_S[part.tokens], slopes_S[part.tokens]
-                slope_C = torch.zeros_like(lse_C).index_add_(0, source, slope)
-                cap_CV = None
-                if head.softcap is not None:
-                    cap_CV = 1 - (logits_CV / head.softcap) ** 2
-                # Over the logits comes their gradient: slope * (one-hot - softmax).
-                d_logits_CV = logits_CV.sub_(lse_C[:, None]).exp_().mul_(-slope_C[:, None])
-                d_logits_CV.index_put_((source, targets), slope, accumulate=True)
-                if cap_CV is not None:
-                    d_logits_CV *= cap_CV
+                probs_CV, cap_slope_CV = kept
+                source, targets = part.source(scored), scored.targets_S[part.tokens]
+                slope_S = slopes_S[part.tokens]
+                slope_C = torch.zeros(len(hidden_CD), device=hidden_CD.device).index_add_(0, source, slope_S)
+                # Over the probabilities comes the gradient of the logits: slope * (one-hot - softmax).
+                d_logits_CV = probs_CV.mul_(-slope_C[:, None])
+                d_logits_CV.index_put_((source, targets), slope_S, accumulate=True)
+                if cap_slope_CV is not None:
+                    d_logits_CV *= cap_slope_CV
                 if head.scale != 1.0:
                     d_logits_CV *= head.scale
                 if d_bias_V is not None:
