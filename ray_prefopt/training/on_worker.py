@@ -16,9 +16,7 @@ from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worke
 def train(job: Job, log: Any) -> None:
     """`loop.train_worker`; rank 0 tells `log`, the run's RunLog, how it goes."""
     rank = ray.train.get_context().get_world_rank()
-    place = Place(str(job.config.run.name), rank)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(place)
+    place = _placed(job, rank)
 
     def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
         return send if rank == 0 else lambda *_: None
@@ -54,12 +52,22 @@ class Place(logging.Filter):
         return True
 
 
+def _placed(job: Job, rank: int) -> Place:
+    """That of this worker, in all that it logs from now on."""
+    place = Place(str(job.config.run.name), rank)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(place)
+    return place
+
+
 def evaluate(job: Job, log: Any) -> None:
     """`loop.evaluate_worker`; rank 0 tells `log` what it found."""
+    rank = ray.train.get_context().get_world_rank()
+    _placed(job, rank)
 
     def work() -> None:
         found = evaluate_worker(job, _device(job))
-        if ray.train.get_context().get_world_rank() == 0:
+        if rank == 0:
             ray.get(log.evaluated.remote(found))
 
     _guarded(log, work)
