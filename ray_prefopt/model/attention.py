@@ -38,7 +38,10 @@ def packed_attention(
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    unknown = [name for name in ("softcap", "s_aux", "position_bias", "dropout") if others.get(name)]
+    others["dropout"] = others.get("dropout") or None
+    unknown = [
+        name for name in ("softcap", "s_aux", "position_bias", "dropout") if others.get(name) is not None
+    ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {' and no '.join(unknown)}")
     lengths = [sum(segment) for segment in segments]

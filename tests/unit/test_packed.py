@@ -329,10 +329,11 @@ def test_a_head_that_does_more_than_it_says_is_left_to_the_model() -> None:
 
 def test_what_attention_would_leave_out_is_refused() -> None:
     states = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match="packed attention has no softcap and no dropout"):
-        packed_attention(
-            nn.Module(), states, states, states, None, segments=((1, 1, 1),), softcap=2.0, dropout=0.1
-        )
+    others: dict[str, Any] = {"softcap": 2.0, "s_aux": torch.zeros(2), "dropout": 0.1}
+    with pytest.raises(
+        NotImplementedError, match="packed attention has no softcap and no s_aux and no dropout"
+    ):
+        packed_attention(nn.Module(), states, states, states, None, segments=((1, 1, 1),), **others)
 
 
 def test_generation_goes_on_as_before() -> None:
