@@ -84,6 +84,15 @@ class HeadGradient:
     weight_VD: Tensor | None = None
     bias_V: Tensor | None = None
 
+    def add(self, d_logits_CV: Tensor, hidden_CD: Tensor) -> None:
+        """What a chunk gives them, where they are trained."""
+        if self.weight_VD is not None and hidden_CD.dtype == torch.float32:
+            self.weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+        elif self.weight_VD is not None:
+            self.weight_VD += d_logits_CV.T @ hidden_CD
+        if self.bias_V is not None:
+            self.bias_V += d_logits_CV.sum(0, dtype=torch.float32)
+
 
 def above_head(hidden: Tensor, head: Head, gradient: HeadGradient) -> Tensor:
     """The same states, whose backward pass gives the head's weights their `gradient` too.
@@ -109,8 +118,8 @@ def one_pass(
 def chunked_logps(hidden_UD: Tensor, head: Head, scored: Scored) -> PairLogps:
     """The log-probabilities alone, without gradient."""
     found = _Found(scored, hidden_UD.device)
-    for group in _groups(scored, _rows_at_once(head, hidden_UD)):
-        for part in group.parts:
+    for parts in _groups(scored, _rows_at_once(head, hidden_UD)):
+        for part in parts:
             _score(hidden_UD[part.rows].detach(), head, scored, part, found)
     return found.logps()
 
@@ -146,37 +155,26 @@ class _Part:
         return scored.source_S[self.tokens] - first
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Whole pairs, in one part if their logits fit into the buffer."""
-
-    parts: tuple[_Part, ...]
-
-
 def _rows_at_once(head: Head, hidden_UD: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS[hidden_UD.device.type] // head.weight_VD.shape[0])
 
 
-def _groups(scored: Scored, rows_at_once: int) -> Iterator[_Group]:
+def _groups(scored: Scored, rows_at_once: int) -> Iterator[list[_Part]]:
     """Whole pairs as long as their positions fit; a pair that does not fit by itself comes in several parts."""
-    pairs = len(scored.positions)
     pair = row = token = 0
-    while pair < pairs:
+    while pair < len(scored.positions):
         end, rows = pair + 1, scored.positions[pair]
-        while end < pairs and rows + scored.positions[end] <= rows_at_once:
+        while end < len(scored.positions) and rows + scored.positions[end] <= rows_at_once:
             rows += scored.positions[end]
             end += 1
-        tokens = sum(map(sum, scored.lengths[pair:end]))
-        source = scored.source_S[token : token + tokens]
-        cuts = range(row, row + rows, rows_at_once)
-        bounds = [(start, min(start + rows_at_once, row + rows)) for start in cuts]
-        if len(bounds) == 1:
-            inside = [torch.arange(token, token + tokens, device=source.device)]
-        else:
-            inside = [token + ((source >= start) & (source < stop)).nonzero()[:, 0] for start, stop in bounds]
-        parts = tuple(_Part(slice(*bound), each) for bound, each in zip(bounds, inside, strict=True))
-        yield _Group(parts)
-        pair, row, token = end, row + rows, token + tokens
+        tokens = torch.arange(
+            token, token + sum(map(sum, scored.lengths[pair:end])), device=scored.source_S.device
+        )
+        source = scored.source_S[tokens]
+        starts = range(row, row + rows, rows_at_once)
+        bounds = [slice(start, min(start + rows_at_once, row + rows)) for start in starts]
+        yield [_Part(each, tokens[(source >= each.start) & (source < each.stop)]) for each in bounds]
+        pair, row, token = end, row + rows, token + len(tokens)
 
 
 def _score(
@@ -232,44 +230,21 @@ class _OnePass(torch.autograd.Function):
         pair_loss: PairLoss,
         found: _Found,
     ) -> Tensor:
-        hidden_UD, weight_VD, bias_V = hidden_UD.detach(), head.weight_VD, head.bias_V
+        hidden_UD = hidden_UD.detach()
         d_hidden_UD = torch.zeros_like(hidden_UD)
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_VD.requires_grad else None
-        d_bias_V = (
-            torch.zeros_like(bias_V, dtype=torch.float32)
-            if bias_V is not None and bias_V.requires_grad
-            else None
-        )
-        for group in _groups(scored, _rows_at_once(head, hidden_UD)):
-            is_whole = len(group.parts) == 1
-            for part in group.parts:
-                kept = _score(hidden_UD[part.rows], head, scored, part, found)
+        gradient.weight_VD, gradient.bias_V = _zeros(head.weight_VD), _zeros(head.bias_V)
+        for parts in _groups(scored, _rows_at_once(head, hidden_UD)):
+            for part in parts:
+                scores = _score(hidden_UD[part.rows], head, scored, part, found)
             slopes_S = _slopes(found, scored, pair_loss)
-            for part in group.parts:
+            for part in parts:
                 hidden_CD = hidden_UD[part.rows]
-                if not is_whole:
-                    kept = _score(hidden_CD, head, scored, part, found)
-                probs_CV, cap_slope_CV = kept
-                source, targets = part.source(scored), scored.targets_S[part.tokens]
-                slope_S = slopes_S[part.tokens]
-                slope_C = torch.zeros(len(hidden_CD), device=hidden_CD.device).index_add_(0, source, slope_S)
-                # Over the probabilities comes the gradient of the logits: slope * (one-hot - softmax).
-                d_logits_CV = probs_CV.mul_(-slope_C[:, None])
-                d_logits_CV.index_put_((source, targets), slope_S, accumulate=True)
-                if cap_slope_CV is not None:
-                    d_logits_CV *= cap_slope_CV
-                if head.scale != 1.0:
-                    d_logits_CV *= head.scale
-                if d_bias_V is not None:
-                    d_bias_V += d_logits_CV.sum(0)
-                d_logits_CV = d_logits_CV.to(hidden_CD.dtype)
-                torch.mm(d_logits_CV, weight_VD.detach().to(hidden_CD.dtype), out=d_hidden_UD[part.rows])
-                if d_weight_VD is not None:
-                    if hidden_CD.dtype == torch.float32:
-                        d_weight_VD.addmm_(d_logits_CV.T, hidden_CD)
-                    else:
-                        d_weight_VD += d_logits_CV.T @ hidden_CD
-        gradient.weight_VD, gradient.bias_V = d_weight_VD, d_bias_V
+                if len(parts) > 1:  # the buffer holds the last one's
+                    scores = _score(hidden_CD, head, scored, part, found)
+                d_logits_CV = _logits_gradient(scores, head, scored, part, slopes_S).to(hidden_CD.dtype)
+                weight_VD = head.weight_VD.detach().to(hidden_CD.dtype)
+                torch.mm(d_logits_CV, weight_VD, out=d_hidden_UD[part.rows])
+                gradient.add(d_logits_CV, hidden_CD)
         ctx.gradient, ctx.d_hidden_UD = gradient, d_hidden_UD
         return pair_loss(found.logps()).detach()
 
@@ -279,6 +254,26 @@ class _OnePass(torch.autograd.Function):
             if each is not None:
                 each.mul_(upstream)
         return ctx.d_hidden_UD.mul_(upstream), None, None, None, None, None
+
+
+def _zeros(weight: Tensor | None) -> Tensor | None:
+    return (
+        torch.zeros_like(weight, dtype=torch.float32) if weight is not None and weight.requires_grad else None
+    )
+
+
+def _logits_gradient(
+    scores: tuple[Tensor, Tensor | None], head: Head, scored: Scored, part: _Part, slopes_S: Tensor
+) -> Tensor:
+    """Of the loss by what comes out of the matrix product, (C, V): slope * (one-hot - softmax), over the latter."""
+    probs_CV, cap_slope_CV = scores
+    source, slopes = part.source(scored), slopes_S[part.tokens]
+    slope_C = torch.zeros(len(probs_CV), device=probs_CV.device).index_add_(0, source, slopes)
+    d_logits_CV = probs_CV.mul_(-slope_C[:, None])
+    d_logits_CV.index_put_((source, scored.targets_S[part.tokens]), slopes, accumulate=True)
+    if cap_slope_CV is not None:
+        d_logits_CV *= cap_slope_CV
+    return d_logits_CV.mul_(head.scale) if head.scale != 1.0 else d_logits_CV
 
 
 def _slopes(found: _Found, scored: Scored, pair_loss: PairLoss) -> Tensor:
