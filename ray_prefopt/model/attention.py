@@ -65,6 +65,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
         visible_QK = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         if window is not None:
             visible_QK = visible_QK.triu(keys - queries - window + 1)
+        if query.is_cuda:  # its fast kernels take a mask or grouped heads, not both
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible_QK, is_causal=visible_QK is None, scale=scaling, enable_gqa=True
     )
