@@ -30,7 +30,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m pytest -m soak
 
 bench: $(INSTALLED)
-	$(BIN)/python -m tests.benchmarks.step --quick --arms trl padded unshared shared packed
+	$(BIN)/python -m tests.benchmarks.step --quick
 
 check: lint unit
 
