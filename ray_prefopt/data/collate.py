@@ -71,6 +71,8 @@ class PackedBatch:
     """Tokens of each pair that are shared, chosen, and rejected."""
     scored: tuple[tuple[int, int], ...]
     """Scored tokens of each pair, chosen and rejected."""
+    scored_2B: Tensor
+    """The same in a tensor, pair by pair."""
     predicting: tuple[int, ...]
     """Predicting positions of each pair."""
 
@@ -139,6 +141,7 @@ def pack(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PackedBatch:
         weights_B=torch.full((len(pairs),), weight),
         segments=tuple(segments),
         scored=tuple(scored),
+        scored_2B=torch.tensor(scored).flatten(),
         predicting=tuple(predicting),
     )
 

@@ -8,6 +8,8 @@ the tokens that are computed: with packed pairs nothing is padded, and what two 
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ray_prefopt.losses import head, logps
+
 HALF, SINGLE = 2, 4
 Precision = Literal["single", "half", "autocast"]
 """Of what is computed; autocast has fp32 weights and norms around products in half precision."""
@@ -15,10 +17,6 @@ BUCKET = 500_000_000
 """Gradients that DeepSpeed gathers before it reduces them (reduce_bucket_size)."""
 LIVE = 1_000_000_000
 """Weights that stage 3 keeps whole at once (stage3_max_live_parameters): all of them, of a model that is smaller."""
-CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""Logits that the head holds at once (losses.head.CHUNK_ELEMENTS)."""
-WHOLE = 1 << 27
-"""Logits that are in fp32 at once where the head has all of them (losses.logps.CHUNK_ELEMENTS)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,9 @@ def estimate(
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
     if reduction and stage < 3:
-        reduction += SINGLE * min(scored * size.vocabulary, CHUNK[device])  # the buffer of logits stays
+        reduction += SINGLE * min(
+            scored * size.vocabulary, head.CHUNK_ELEMENTS[device]
+        )  # the buffer of logits stays
     host = 0
     if stage == 3:
         weights = -(-weights // world_size)
@@ -167,10 +167,10 @@ def _head_bytes(size: ModelSize, scored: int, stage: int, *, is_half: bool, devi
     """One pass in chunks, with the gradient of its weights in fp32; stage 3 has all logits, and their softmax."""
     logits = scored * size.vocabulary
     if stage == 3:
-        return 2 * (HALF if is_half else SINGLE) * logits + 2 * SINGLE * min(logits, WHOLE)
+        return 2 * (HALF if is_half else SINGLE) * logits + 2 * SINGLE * min(logits, logps.CHUNK_ELEMENTS)
     copies = 2 * HALF if is_half else 0
     gradient = SINGLE * size.vocabulary * size.hidden if size.trainable is None else 0
-    return min(logits, CHUNK[device]) * (SINGLE + copies) + gradient
+    return min(logits, head.CHUNK_ELEMENTS[device]) * (SINGLE + copies) + gradient
 
 
 def _of_engine(

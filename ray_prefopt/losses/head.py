@@ -30,11 +30,10 @@ class Scored:
     targets_S: Tensor
     lengths: tuple[tuple[int, int], ...]
     """Scored tokens of each pair, chosen and rejected."""
+    lengths_2B: Tensor
+    """The same in a tensor, so that no step waits for it to come to a GPU."""
     positions: tuple[int, ...]
     """Predicting positions of each pair."""
-
-    def token_counts(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.lengths, device=device).flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class _Found:
     def __init__(self, scored: Scored, device: torch.device) -> None:
         self.logps_S = torch.zeros(len(scored.targets_S), device=device)
         self.means_S = torch.zeros(len(scored.targets_S), device=device)
-        self._lengths_2B = scored.token_counts(device)
+        self._lengths_2B = scored.lengths_2B
 
     def sums(self) -> Tensor:
         return torch.segment_reduce(self.logps_S, "sum", lengths=self._lengths_2B, unsafe=True)
@@ -146,7 +145,7 @@ class _Part:
     """Some positions, and the tokens they predict."""
 
     rows: slice
-    tokens: Tensor
+    tokens: Tensor | slice
     """Indices into the scored tokens."""
 
     def source(self, scored: Scored) -> Tensor:
@@ -167,14 +166,18 @@ def _groups(scored: Scored, rows_at_once: int) -> Iterator[list[_Part]]:
         while end < len(scored.positions) and rows + scored.positions[end] <= rows_at_once:
             rows += scored.positions[end]
             end += 1
-        tokens = torch.arange(
-            token, token + sum(map(sum, scored.lengths[pair:end])), device=scored.source_S.device
-        )
-        source = scored.source_S[tokens]
-        starts = range(row, row + rows, rows_at_once)
-        bounds = [slice(start, min(start + rows_at_once, row + rows)) for start in starts]
-        yield [_Part(each, tokens[(source >= each.start) & (source < each.stop)]) for each in bounds]
-        pair, row, token = end, row + rows, token + len(tokens)
+        tokens = slice(token, token + sum(map(sum, scored.lengths[pair:end])))
+        if rows <= rows_at_once:
+            yield [_Part(slice(row, row + rows), tokens)]
+        else:
+            source = scored.source_S[tokens]
+            starts = range(row, row + rows, rows_at_once)
+            bounds = [slice(start, min(start + rows_at_once, row + rows)) for start in starts]
+            yield [
+                _Part(each, token + ((source >= each.start) & (source < each.stop)).nonzero()[:, 0])
+                for each in bounds
+            ]
+        pair, row, token = end, row + rows, tokens.stop
 
 
 def _score(
@@ -281,4 +284,4 @@ def _slopes(found: _Found, scored: Scored, pair_loss: PairLoss) -> Tensor:
     with torch.enable_grad():
         sums_2B = found.sums().requires_grad_()
         (slopes_2B,) = torch.autograd.grad(pair_loss(found.logps(sums_2B)), sums_2B)
-    return slopes_2B.repeat_interleave(scored.token_counts(slopes_2B.device))
+    return slopes_2B.repeat_interleave(scored.lengths_2B, output_size=len(scored.targets_S))

@@ -125,7 +125,7 @@ def _packed_logps(forward: ForwardFn, batch: PackedBatch) -> PairLogps:
     """The same of packed pairs, with all logits at once: a position that predicts two tokens comes twice."""
     output = forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U[batch.source_S])
     logps_S, logits_S = token_logps(output.logits.squeeze(0), batch.targets_S)
-    return PairLogps.of_tokens(logps_S, logits_S, _scored(batch).token_counts(logps_S.device))
+    return PairLogps.of_tokens(logps_S, logits_S, batch.scored_2B)
 
 
 def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
@@ -140,4 +140,4 @@ def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
 
 def _scored(batch: PackedBatch) -> Scored:
-    return Scored(batch.source_S, batch.targets_S, batch.scored, batch.predicting)
+    return Scored(batch.source_S, batch.targets_S, batch.scored, batch.scored_2B, batch.predicting)

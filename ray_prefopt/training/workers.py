@@ -39,7 +39,7 @@ def start_ray() -> None:
     """Connect to the cluster of RAY_ADDRESS, else to the one of `ray start`, else start one here.
 
     A process that is connected stays so. Raises ResourceError when nothing answers at RAY_ADDRESS; Ray itself would
-    try for an hour. What `ray start` left behind when its machine went down is passed over.
+    try for many minutes. What `ray start` left behind when its machine went down is passed over.
     """
     if ray.is_initialized():
         return

@@ -21,7 +21,6 @@ from ray_prefopt.data.blocks import open_blocks
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine import memory
 from ray_prefopt.engine.memory import ModelSize, activation_bytes, estimate, layer_bytes
-from ray_prefopt.losses import head, logps
 from ray_prefopt.training.run import describe
 from tests.benchmarks.memory import CASES, MIB, Case, Measured, expected, row
 from tests.tiny import write_blocks
@@ -86,11 +85,6 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     layer, gradients = layer_bytes(TOY, "half"), 2 * (2 * 4 + 2 * 8)
     assert activation_bytes(TOY, 5, "half", checkpointing=False) == 5 * (3 * layer + gradients)
     assert activation_bytes(TOY, 5, "half", checkpointing=True) == 5 * (3 * 2 * 4 + layer + gradients)
-
-
-def test_constants_are_those_of_the_code() -> None:
-    assert memory.CHUNK == head.CHUNK_ELEMENTS
-    assert memory.WHOLE == logps.CHUNK_ELEMENTS
 
 
 def test_it_is_light() -> None:
