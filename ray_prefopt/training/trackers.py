@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -50,11 +52,15 @@ def environment() -> dict[str, str]:
 
 
 def start_log(config: TrainConfig, folder: str) -> Any:
-    """The RunLog of a run, with the trackers of run.report_to, set up as the driver's environment says."""
+    """The RunLog of a run, with the trackers of run.report_to, set up as the driver's environment says.
+
+    On the driver's node: a run outlives every other one.
+    """
     log: Any = RunLog
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     if not config.run.report_to:
-        return log.remote(folder)
-    with_trackers = log.options(runtime_env={"env_vars": environment()})
+        return log.options(scheduling_strategy=here).remote(folder)
+    with_trackers = log.options(scheduling_strategy=here, runtime_env={"env_vars": environment()})
     return with_trackers.remote(folder, partial(Trackers, config, folder))
 
 

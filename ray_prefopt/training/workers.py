@@ -25,6 +25,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ray_prefopt.config import RunConfig, TrainConfig
 from ray_prefopt.errors import ResourceError, TrainingError
+from ray_prefopt.training.network import RayNetwork
 
 if TYPE_CHECKING:
     from ray_prefopt.training.loop import Job
@@ -110,6 +111,7 @@ def _fit(work: str, job: "Job", log: Any) -> None:
     trainer = TorchTrainer(
         _work,
         train_loop_config={"work": work, "job": ray.put(job), "log": log},
+        torch_config=RayNetwork(),
         scaling_config=ScalingConfig(
             num_workers=run.num_workers,
             use_gpu=run.use_gpu,

@@ -1,0 +1,46 @@
+"""Ranks meet on the network of Ray's nodes.
+
+Left to itself, gloo listens at the address that a host gives its own name: on many hosts the loopback, by a line
+`127.0.1.1 name` in /etc/hosts, where no other host finds it. NCCL looks for a network by itself.
+"""
+
+import os
+from typing import Any
+
+import psutil
+from ray.train.backend import BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.util import get_node_ip_address
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""gloo's own variable; the user's value stands."""
+
+
+class RayNetwork(TorchConfig):
+    """Ray Train's process group, on the interface that has the address of each worker's node."""
+
+    @property
+    def backend_cls(self) -> type["_Backend"]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        worker_group.execute(choose_interface)
+        super().on_start(worker_group, backend_config)  # type: ignore[arg-type]
+
+
+def choose_interface() -> None:
+    """Name the interface of this node's address to gloo; none where it is not an address of this host."""
+    interface = interface_of(get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault(INTERFACE, interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The first interface of this host that has an IP address."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return name
+    return None
