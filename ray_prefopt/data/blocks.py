@@ -73,6 +73,10 @@ class Lengths:
         columns = ([getattr(part, name) for part in parts] for name in LENGTHS_SCHEMA.names)
         return cls(*(np.concatenate(column) for column in columns))
 
+    def take(self, ids: npt.NDArray[np.int64]) -> Tokens:
+        """Those of some pairs, (4, n)."""
+        return np.stack([getattr(self, name)[ids] for name in LENGTHS_SCHEMA.names])
+
     def to_table(self) -> pa.Table:
         return pa.table([getattr(self, name) for name in LENGTHS_SCHEMA.names], schema=LENGTHS_SCHEMA)
 

@@ -1,7 +1,7 @@
-"""The order of training: which pairs form optimizer step s, and which rank sees them when.
+"""The order of training: which pairs form optimizer step s.
 
-Pure functions of (lengths, blocks, seed, epoch, step, world size): restarts, Ray's scheduling and the number of workers
-cannot change which pairs a step holds. Pair ids are dense, 0 to N-1.
+Pure functions of (lengths, blocks, seed, epoch, step): restarts, Ray's scheduling and the number of workers cannot
+change which pairs a step holds. Pair ids are dense, 0 to N-1.
 """
 
 import hashlib
@@ -76,18 +76,17 @@ def _shuffled(order: Order, epoch: int) -> tuple[Ids, Ids]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Steps, global batches and micro-batches of a whole run.
+    """Steps and global batches of a whole run.
 
-    >>> plan = Plan(Order((5,), seed=0, shuffle=False), lengths=np.ones(5), global_batch=2, micro_batch=1, epochs=1)
+    >>> plan = Plan(Order((5,), seed=0, shuffle=False), lengths=np.ones(5), global_batch=2, epochs=1)
     >>> plan.total_steps, [plan.step_ids(step).tolist() for step in range(3)]
     (3, [[0, 1], [2, 3], [4]])
     """
 
     order: Order
     lengths: np.ndarray = field(repr=False)
-    """Work per pair in tokens, (N,), for balancing the ranks."""
+    """Tokens of each pair, prompts counted twice, (N,)."""
     global_batch: int
-    micro_batch: int
     epochs: float = 1
     max_steps: int | None = None
     group_by_length: bool = False
@@ -129,18 +128,6 @@ class Plan:
         """Tokens in the pairs of the first `step` steps."""
         return sum(int(self.lengths[self.step_ids(done)].sum()) for done in range(step))
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Ids]:
-        """The micro-batches of a rank in a step; as many on each rank, some possibly empty.
-
-        Ranks get equal numbers of pairs (give or take one) and similar numbers of tokens; each micro-batch holds pairs
-        of similar length, the longest first, so that memory peaks at once. Without shuffling the order of the pairs is
-        kept in this too.
-        """
-        ids = self.step_ids(step)
-        if not self.order.shuffle:
-            return in_turn(ids, self.micro_batch, rank, world_size)
-        return deal(ids, self.lengths, self.micro_batch, rank, world_size)
-
 
 STRETCH = 50
 """Steps whose pairs are sorted together; fewer where an epoch has not four times as many, as in transformers."""
@@ -170,31 +157,6 @@ def grouped(ids: Ids, lengths: np.ndarray, global_batch: int, stretch: int, wind
     order[start : start + len(longest)] = order[: len(longest)]
     order[: len(longest)] = longest
     return order
-
-
-def deal(ids: Ids, lengths: np.ndarray, micro_batch: int, rank: int, world_size: int) -> list[Ids]:
-    """Cut the pairs of a step into this rank's micro-batches: sorted by length and dealt out in a snake.
-
-    >>> lengths = np.array([5, 1, 4, 2])
-    >>> [deal(np.arange(4), lengths, 1, rank, world_size=2) for rank in (0, 1)]
-    [[array([0]), array([1])], [array([2]), array([3])]]
-    """
-    by_length = ids[np.argsort(-lengths[ids], kind="stable")]
-    turn = np.arange(len(by_length)) % (2 * world_size)
-    mine = by_length[(turn == rank) | (turn == 2 * world_size - 1 - rank)]
-    count = math.ceil(math.ceil(len(ids) / world_size) / micro_batch)
-    return [mine[index * micro_batch : (index + 1) * micro_batch] for index in range(count)]
-
-
-def in_turn(ids: Ids, micro_batch: int, rank: int, world_size: int) -> list[Ids]:
-    """Cut the pairs of a step in their order, the ranks taking micro-batches in turn, as accelerate does.
-
-    >>> [in_turn(np.arange(5), 2, rank, world_size=2) for rank in (0, 1)]
-    [[array([0, 1]), array([4])], [array([2, 3]), array([], dtype=int64)]]
-    """
-    cut = [ids[start : start + micro_batch] for start in range(0, len(ids), micro_batch)]
-    mine = cut[rank::world_size]
-    return mine + [ids[:0]] * (math.ceil(len(cut) / world_size) - len(mine))
 
 
 def extend_hash(digest: str, ids: Ids) -> str:

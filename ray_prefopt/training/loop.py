@@ -22,22 +22,32 @@ from transformers import TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
 from ray_prefopt.config import Interval, RunConfig, TrainConfig
+from ray_prefopt.data.balance import Costs
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.collate import collate, pack
-from ray_prefopt.data.plan import Ids, Order, Plan, deal, extend_hash
+from ray_prefopt.data.plan import Order, Plan, extend_hash
 from ray_prefopt.data.stream import PairReader, Prefetched
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError, suggest
-from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, make_objective
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.layout import make_scorer
 from ray_prefopt.model.load import compute_dtype, decoder_start_id
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
+from ray_prefopt.training.batches import (
+    EvalSet,
+    Pack,
+    batching_of,
+    costs_of,
+    eval_batching,
+    layout_of,
+    step_inputs,
+)
 from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
 from ray_prefopt.training.checkpoint import (
     WEIGHTS,
@@ -59,8 +69,6 @@ from ray_prefopt.training.step import StepInput, evaluate, train_step
 logger = logging.getLogger(__name__)
 
 Record = dict[str, float]
-Pack = Callable[[list[TokenizedPair], float], Batch]
-"""A micro-batch of pairs that all have this weight."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,9 @@ class _Training:
         self._scorer, why_padded = _scorer_of(job, engine)
         if why_padded and job.config.model.layout == "auto":
             reports.note(f"pairs are padded, not packed: {why_padded}")
-        self._evaluations = _eval_sets(job, engine, self._scorer)
+        costs = _costs(engine, self._scorer)
+        self._batching = batching_of(blocks, job.config, costs)
+        self._evaluations = _eval_sets(job, engine, self._scorer, costs)
         self._best_metric = best_metric(
             self._run, self._evaluations, is_open=job.hooks.compute_metrics is not None
         )
@@ -159,7 +169,7 @@ class _Training:
             self._evaluate()
         reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
         packing = _packing(self._job, self._engine, self._scorer)
-        inputs = step_inputs(self._plan, self._blocks, reader, self._state.step, packing)
+        inputs = step_inputs(self._plan, self._batching, reader, self._state.step, packing)
         with closing(Prefetched(inputs)) as prefetched:
             for inputs_of_step in prefetched:
                 self._step(inputs_of_step, prefetched)
@@ -297,7 +307,8 @@ def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     engine = _engine_at(job, 1, device, _starting_point(job))
     objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
     scorer, _ = _scorer_of(job, engine)
-    return _evaluate_all(engine, scorer, _eval_sets(job, engine, scorer), objective, job)
+    sets = _eval_sets(job, engine, scorer, _costs(engine, scorer))
+    return _evaluate_all(engine, scorer, sets, objective, job)
 
 
 def _set_up(config: TrainConfig) -> None:
@@ -321,30 +332,11 @@ def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
         order,
         blocks.total_lengths,
         min(run.global_batch, blocks.num_pairs) if run.shrink_batch else run.global_batch,
-        run.micro_batch,
         run.epochs,
         run.max_steps,
         group_by_length=config.data.group_by_length,
         drop_last=run.drop_last,
     )
-
-
-def step_inputs(
-    plan: Plan, blocks: Blocks, reader: PairReader, start: int, pack: Pack
-) -> Iterator[StepInput]:
-    """This rank's inputs of every step from `start` to the end of the plan."""
-    rank, world_size = ranks.rank(), ranks.world_size()
-    chosen_lengths = blocks.chosen_lengths
-    for step in range(start, plan.total_steps):
-        ids = plan.step_ids(step)
-        micro_ids = plan.micro_batches(step, rank, world_size)
-        batches = [_batch(reader, micro, ids, pack) for micro in micro_ids]
-        yield StepInput(step, StepTotals(len(ids), int(chosen_lengths[ids].sum())), batches, micro_ids)
-
-
-def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> Batch:
-    """The pairs with these ids; one of `others` with weight 0 when there are none, so that ranks stay in step."""
-    return pack(reader.read(ids if len(ids) else others[:1]), 1.0 if len(ids) else 0.0)
 
 
 def _scorer_of(job: Job, engine: Engine) -> tuple[Scorer, str | None]:
@@ -353,6 +345,12 @@ def _scorer_of(job: Job, engine: Engine) -> tuple[Scorer, str | None]:
     architecture: Any = engine.module.config
     dtype = compute_dtype(config, architecture)
     return make_scorer(engine.forward, engine.module, config, dtype, engine.device)
+
+
+def _costs(engine: Engine, scorer: Scorer) -> Costs:
+    """What decides how pairs are dealt out; as rank 0 finds it, since ranks that differ would lose pairs."""
+    architecture: Any = engine.module.config
+    return costs_of(architecture, layout_of(architecture, is_packed=ranks.broadcast(scorer.is_packed)))
 
 
 def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
@@ -369,34 +367,11 @@ def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
     return packing
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """Held-out pairs, dealt out to the ranks; every pair exactly once."""
-
-    blocks: Blocks
-    micro_batch: int
-    pack: Pack
-
-    @property
-    def totals(self) -> StepTotals:
-        return StepTotals(self.blocks.num_pairs, int(self.blocks.chosen_lengths.sum()))
-
-    def micro_ids(self) -> list[Ids]:
-        """Pair ids of this rank's micro-batches; empty for filler."""
-        lengths = self.blocks.total_lengths
-        return deal(np.arange(len(lengths)), lengths, self.micro_batch, ranks.rank(), ranks.world_size())
-
-    def batches(self) -> Iterator[Batch]:
-        reader = PairReader(self.blocks)
-        for micro in self.micro_ids():
-            yield _batch(reader, micro, np.arange(1), self.pack)
-
-
-def _eval_sets(job: Job, engine: Engine, scorer: Scorer) -> dict[str, EvalSet]:
-    micro_batch = job.config.run.eval_micro_batch or job.config.run.micro_batch
+def _eval_sets(job: Job, engine: Engine, scorer: Scorer, costs: Costs) -> dict[str, EvalSet]:
     packing = _packing(job, engine, scorer)
     return {
-        name: EvalSet(open_blocks(folder), micro_batch, packing) for name, folder in job.eval_blocks.items()
+        name: EvalSet(eval_batching(open_blocks(folder), job.config, costs), packing)
+        for name, folder in job.eval_blocks.items()
     }
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ray_prefopt.data.balance import Costs, Limit, micro_batches
 from ray_prefopt.data.blocks import Lengths
 from ray_prefopt.data.plan import Order, Plan, extend_hash
 
@@ -36,11 +37,15 @@ def measure(pairs: int) -> str:
     columns = [np.full(pairs, value, np.int32) for value in (768, 640, 256, 256)]
     lengths = Lengths(*columns)
     order = Order((BLOCK,) * (pairs // BLOCK), seed=0)
-    plan = Plan(order, lengths.chosen + lengths.rejected, STEP, 1)
+    plan = Plan(order, lengths.chosen + lengths.rejected, STEP)
     _, first = timed(lambda: plan.step_ids(0))
     steps = min(plan.total_steps, 1000)
     _, ids = timed(lambda: [plan.step_ids(step) for step in range(steps)])
-    _, dealt = timed(lambda: [plan.micro_batches(step, 7, RANKS) for step in range(steps)])
+
+    def deal(step: int) -> None:
+        micro_batches(Costs().of(lengths.take(plan.step_ids(step))), Limit(1), 7, RANKS)
+
+    _, dealt = timed(lambda: [deal(step) for step in range(steps)])
 
     def check() -> str:
         digest = ""

@@ -24,7 +24,7 @@ def lengths_of(count: int) -> np.ndarray:
 def plan_of(*block_rows: int, **options: Any) -> Plan:
     window = options.pop("window", 1000)
     order = Order(block_rows, seed=options.pop("seed", 0), window=window)
-    return Plan(order, lengths_of(order.num_pairs), micro_batch=1, **options)
+    return Plan(order, lengths_of(order.num_pairs), **options)
 
 
 # --- similar lengths ---

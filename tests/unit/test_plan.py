@@ -1,6 +1,5 @@
 """The order of training: every pair once per epoch, in steps that do not depend on who computes them."""
 
-import math
 from functools import cache
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_prefopt.data import plan as plan_module
-from ray_prefopt.data.plan import Order, Plan, deal, extend_hash
+from ray_prefopt.data.plan import Order, Plan, extend_hash
 from ray_prefopt.errors import DataError
 
 
@@ -18,12 +17,10 @@ def lengths_of(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(2, 300, count).astype(np.int32)
 
 
-def make(
-    block_rows: tuple[int, ...], global_batch: int, micro_batch: int = 1, *, seed: int = 0, **options: int
-) -> Plan:
+def make(block_rows: tuple[int, ...], global_batch: int, *, seed: int = 0, **options: int) -> Plan:
     order_options = {name: options.pop(name) for name in ("shuffle", "window") if name in options}
     order = Order(block_rows, seed=seed, **order_options)
-    return Plan(order, lengths_of(order.num_pairs), global_batch, micro_batch, **options)
+    return Plan(order, lengths_of(order.num_pairs), global_batch, **options)
 
 
 # --- the order of an epoch ---
@@ -104,68 +101,28 @@ def test_too_few_pairs_are_refused() -> None:
     assert make((3, 4), global_batch=7).total_steps == 1
 
 
-# --- ranks ---
-
-
-def test_pairs_are_dealt_in_a_snake() -> None:
-    """0 to 6 by length; dealt 0 1 2 | 5 4 3 | 6."""
-    lengths = np.array([9, 8, 7, 6, 5, 4, 3])
-    dealt = [deal(np.arange(7), lengths, 2, rank, world_size=3) for rank in range(3)]
-    assert [[micro.tolist() for micro in micros] for micros in dealt] == [
-        [[0, 5], [6]],
-        [[1, 4], []],
-        [[2, 3], []],
-    ]
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> Plan:
     block_rows = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6).map(tuple))
     return make(
         block_rows,
         draw(st.integers(1, sum(block_rows))),
-        draw(st.integers(1, 5)),
         seed=draw(st.integers(0, 5)),
         epochs=draw(st.integers(1, 2)),
         window=draw(st.integers(1, 100)),
     )
 
 
-@given(cases(), st.integers(1, 5))
-def test_ranks_share_every_step_evenly(plan: Plan, world_size: int) -> None:
-    seen = []
-    for step in range(plan.total_steps):
-        ids = plan.step_ids(step)
-        dealt = [plan.micro_batches(step, rank, world_size) for rank in range(world_size)]
-        assert len({len(micros) for micros in dealt}) == 1
-        assert all(len(micro) <= plan.micro_batch for micros in dealt for micro in micros)
-        mine = [np.concatenate(micros) for micros in dealt]
-        assert sorted(np.concatenate(mine).tolist()) == sorted(ids.tolist())
-        counts = [len(part) for part in mine]
-        assert max(counts) - min(counts) <= 1
-        assert len(dealt[0]) == math.ceil(max(counts) / plan.micro_batch)
-        # A snake over a sorted list is never further apart than its first element.
-        tokens = [int(plan.lengths[part].sum()) for part in mine]
-        assert max(tokens) - min(tokens) <= plan.lengths[ids].max()
-        for part in mine:
-            assert (np.diff(plan.lengths[part]) <= 0).all()
-        seen.append(ids)
-    per_epoch = np.concatenate(seen).reshape(plan.epochs, -1)
-    assert (np.sort(per_epoch) == np.arange(plan.order.num_pairs)).all()
-
-
-def test_ranks_of_a_real_size_carry_the_same_work() -> None:
-    """512 pairs of 2 to 299 tokens for 8 ranks: within two percent of each other."""
-    plan = make((4096,), global_batch=512, micro_batch=8)
-    for step in range(plan.total_steps):
-        tokens = [plan.lengths[np.concatenate(plan.micro_batches(step, rank, 8))].sum() for rank in range(8)]
-        assert max(tokens) / min(tokens) < 1.02
+@given(cases())
+def test_an_epoch_has_every_pair_in_one_step(plan: Plan) -> None:
+    ids = np.concatenate([plan.step_ids(step) for step in range(plan.total_steps)])
+    assert (np.sort(ids.reshape(plan.epochs, -1)) == np.arange(plan.order.num_pairs)).all()
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (1.5, 5), (0.5, 2), (2, 6), (0.01, 1)])
 def test_a_started_step_of_a_fractional_epoch_is_one(epochs: float, steps: int) -> None:
     """Five pairs in steps of two: 3 steps in an epoch, rounded up as transformers rounds num_train_epochs."""
-    plan = Plan(Order((5,), seed=0), np.ones(5), global_batch=2, micro_batch=1, epochs=epochs)
+    plan = Plan(Order((5,), seed=0), np.ones(5), global_batch=2, epochs=epochs)
     assert plan.total_steps == steps
 
 
@@ -184,13 +141,3 @@ def test_the_hash_tells_pairs_order_and_steps_apart() -> None:
     assert hash_of([0, 1], [2]) == different[0]
     assert extend_hash("", np.array([0, 1], np.int32)) == hash_of([0, 1])
     assert extend_hash("", np.arange(4)[::2]) == hash_of([0, 2])
-
-
-def test_without_shuffling_micro_batches_keep_the_order() -> None:
-    plan = make((7, 6), global_batch=10, micro_batch=2, shuffle=False)
-    by_rank = [[ids.tolist() for ids in plan.micro_batches(0, rank, 2)] for rank in (0, 1)]
-    assert by_rank == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], []]]
-    assert [[ids.tolist() for ids in plan.micro_batches(1, rank, 2)] for rank in (0, 1)] == [
-        [[10, 11]],
-        [[12]],
-    ]
