@@ -52,7 +52,7 @@ def read_findings(folder: str) -> Findings:
     storage = folder.rstrip("/").removesuffix(f"/{config.run.name}")
     curves = {row.name: _evaluations(f"{storage}/{row.run}", metric) for row in rows if row.run}
     return Findings(
-        str(config.run.name), space, metric, prefix, rows, groups(rows), curves, config.run.num_workers
+        str(config.run.name), space, metric, prefix, rows, groups(rows), curves, config.run.max_workers
     )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Task:
     scheduler: str
     grace: float
     """Unit of the schedulers' time, as a share of a run."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of experiment trackers, from the driver."""
     hooks: Hooks = NO_HOOKS
 
     def config(self, point: Point, seed: int, run: str, resume_from: str | None) -> TrainConfig:
@@ -146,8 +148,7 @@ class Trial(Trainable):
         return self._task.space.base.run.storage_path
 
     def _run_to_end(self, resume_from: str | None) -> None:
-        os.environ.setdefault("WANDB_RUN_GROUP", self._task.name)
-        os.environ.setdefault("MLFLOW_TAGS", json.dumps({"search": self._task.name}))
+        os.environ |= self._task.environment
         try:
             config = self._task.config(self._point, self._seed, str(self._run), resume_from)
             blocks = find_blocks(

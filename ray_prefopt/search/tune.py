@@ -32,12 +32,14 @@ from ray_prefopt.search.report import write_report
 from ray_prefopt.search.schedulers import make_scheduler
 from ray_prefopt.search.space import Point, Space, label, make_space
 from ray_prefopt.search.table import Ended, Group, Limits, Recorder, Row, groups, read_rows
+from ray_prefopt.search.tracking import end_search, trial_environment
 from ray_prefopt.search.trial import PAUSING, Task, Trial
 from ray_prefopt.search_config import SearchConfig, TuneConfig
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.checkpoint import write_text
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks
+from ray_prefopt.training.room import asking_for_nodes
 from ray_prefopt.training.run import MAY_CHANGE, NO_HOOKS, describe, prepare_data, resolved
 from ray_prefopt.training.workers import start_ray
 
@@ -104,7 +106,8 @@ def tune(
     slots = _slots(config, search)
     measure = make_measure(metric, prefix, search, _prepare(space, prefix))
     recorder = Recorder(folder, measure, number_of_points(space, search) * len(_seeds(config, search)), _say)
-    task = Task(str(config.run.name), space, measure, search.scheduler, search.grace, hooks)
+    environment = trial_environment(config, folder, _say)
+    task = Task(str(config.run.name), space, measure, search.scheduler, search.grace, environment, hooks)
     _say(f"{recorder._total} trials, {slots} at a time, in {folder}")
     try:
         with _environment():
@@ -205,31 +208,35 @@ def _slots(config: TrainConfig, search: SearchConfig) -> int:
     run = config.run
     patience = run.resource_timeout_s if "resource_timeout_s" in run.model_fields_set else JOINING_S
     begun = time.monotonic()
-    while (room := _room(config)) < 1:
-        if time.monotonic() - begun > min(patience, run.resource_timeout_s):
-            asked = ", ".join(f"{number} {name}" for name, number in _asked(config).items())
-            total = ray.cluster_resources()
-            found = ", ".join(f"{total.get(name, 0):g} {name}" for name in _asked(config))
-            raise ResourceError(
-                f"a trial needs {asked} for its {run.num_workers} workers; the cluster has {found} in all, after "
-                f"waiting {time.monotonic() - begun:.0f} s. Lower run.num_workers or run.cpus_per_worker, or add nodes"
-            )
-        time.sleep(0.5)
+    with asking_for_nodes(run):
+        while (room := _room(config)) < 1:
+            if time.monotonic() - begun > min(patience, run.resource_timeout_s):
+                asked = _asked(config, run.min_workers)
+                needed = ", ".join(f"{number} {name}" for name, number in asked.items())
+                total = ray.cluster_resources()
+                found = ", ".join(f"{total.get(name, 0):g} {name}" for name in asked)
+                raise ResourceError(
+                    f"a trial needs {needed} for its {run.min_workers} workers; the cluster has {found} in all, after "
+                    f"waiting {time.monotonic() - begun:.0f} s. Lower run.num_workers or run.cpus_per_worker, or add "
+                    "nodes"
+                )
+            time.sleep(0.5)
     return min(room, search.max_concurrent or room, number_of_points(make_space(config, search), search))
 
 
-def _asked(config: TrainConfig) -> dict[str, int]:
+def _asked(config: TrainConfig, workers: int) -> dict[str, int]:
     run = config.run
-    return {
-        "CPU": run.num_workers * run.cpus_per_worker,
-        **({"GPU": run.num_workers} if run.use_gpu else {}),
-    }
+    return {"CPU": workers * run.cpus_per_worker, **({"GPU": workers} if run.use_gpu else {})}
 
 
 def _room(config: TrainConfig) -> int:
-    """Trials that the whole cluster can hold; 0 when it is too small for one."""
+    """Trials that the whole cluster can hold, each with its most workers; 0 when it is too small for one."""
     total = ray.cluster_resources()
-    return min(int(total.get(name, 0) // number) for name, number in _asked(config).items())
+
+    def trials(workers: int) -> int:
+        return min(int(total.get(name, 0) // number) for name, number in _asked(config, workers).items())
+
+    return trials(config.run.max_workers) or min(trials(config.run.min_workers), 1)
 
 
 def _prepare(space: Space, prefix: str) -> int:
@@ -274,7 +281,7 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
         num_samples=1 if is_population else -1,  # the searcher says when it is at its end
         search_alg=search_alg,
         scheduler=make_scheduler(space, search),
-        stop=Limits(search, recorder, base.run.num_workers),
+        stop=Limits(search, recorder, base.run.max_workers),
         callbacks=[recorder],
         resources_per_trial=PlacementGroupFactory([driver]),
         checkpoint_config=CheckpointConfig(checkpoint_frequency=1, num_to_keep=4),
@@ -362,6 +369,7 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
         _write_board(path, rows, task.measure.metric)
     value = best.mean(task.measure.metric)
     assert value is not None
+    end_search(config, folder, best.point, task.measure.metric, value, _say)
     result = TuneResult(
         name=str(config.run.name),
         folder=folder,
