@@ -39,6 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint cluster/Dockerfile
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit tests/test_imports.py tests/test_layers.py ray_prefopt -m 'not ray and not slow and not gpu'

@@ -36,7 +36,7 @@ def test_the_image_has_the_pinned_ray_and_its_own_user() -> None:
     assert values("ARG")["RAY_VERSION"] == pinned[1]
     (image,) = (text for name, text in steps() if name == "FROM")
     assert image == "rayproject/ray:${RAY_VERSION}-py311-${VARIANT}"
-    assert [text for name, text in steps() if name == "USER"][-1] == "ray"
+    assert [text for name, text in steps() if name == "USER"][-1] == "1000"
     tags = re.findall(r"ray-prefopt:(\S+)", DOCKERFILE.read_text())
     assert tags == [f"{pinned[1]}-gpu", f"{pinned[1]}-cpu"]
 
@@ -66,7 +66,7 @@ def test_the_steps_make_an_installation(tmp_path: Path) -> None:
     env.pop("PYTHONPATH", None)
 
     def here(text: str) -> str:
-        return text.replace("/opt/", f"{tmp_path}/opt/").replace("ray:users", f"{os.getuid()}:{os.getgid()}")
+        return text.replace("/opt/", f"{tmp_path}/opt/").replace("1000:100", f"{os.getuid()}:{os.getgid()}")
 
     for name, text in steps():
         if name == "WORKDIR":
