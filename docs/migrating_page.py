@@ -36,7 +36,8 @@ Where the numbers differ from TRL's is said in [losses](losses.md#differences-fr
 What is worth knowing beforehand:
 
 - A step holds `per_device_train_batch_size` x `gradient_accumulation_steps` x workers pairs; the last one of an epoch
-  takes what is left, and with fewer pairs than a step holds there is one step of all of them.
+  takes what is left, and with fewer pairs than a step holds there is one step of all of them. With
+  `ScalingConfig(num_workers=(2, 8))` the workers are 8 here, however many there are at the time.
 - The last step is always logged, evaluated (when there are evaluations at all) and saved.
 - Prompts are cut, to `max_prompt_length`, before completions are; trl 1.16 cuts completions alone.
 - An encoder-decoder is one by its own config, whether it is given as a model or by name.

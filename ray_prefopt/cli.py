@@ -236,7 +236,7 @@ def _outline(config: TrainConfig) -> str:
     sharding = f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain"
     model = config.model.path or f"new {(config.model.from_config or {}).get('model_type')}"
     batch = f"{run.global_batch} pairs per step"
-    return f"{config.loss.kind} on {model}: {run.num_workers} x {'GPU' if run.use_gpu else 'CPU'}, {sharding}, {batch}"
+    return f"{config.loss.kind} on {model}: {run.workers_text} x {'GPU' if run.use_gpu else 'CPU'}, {sharding}, {batch}"
 
 
 Argument = tuple[tuple[str, ...], Mapping[str, Any]]

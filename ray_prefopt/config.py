@@ -14,6 +14,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 """A name or place; an empty one comes from an unset variable of a shell."""
+Workers = Annotated[int, Field(ge=1)]
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["epoch"]
 """Optimizer steps, a share of all of them, or the end of each epoch."""
 
@@ -372,8 +373,12 @@ class RunConfig(Config):
     """Name of the run; the same name resumes it. Made from the loss and the time when not given."""
     storage_path: Text = "runs"
     """Folder or URI for runs and prepared blocks; with several nodes, one that all of them see."""
-    num_workers: int = Field(1, ge=1)
-    """Ray Train workers, that is ranks."""
+    num_workers: Workers | tuple[Workers, Workers] = 1
+    """Ray Train workers, that is ranks. `[2, 8]`: as many as the cluster has room for, at least 2; when a node is lost
+    the run goes on with fewer, when one is added with more. The result is the same up to rounding."""
+    resize_interval_s: float = Field(60.0, ge=0.0)
+    """Least time between two changes to another number of workers. All of them are started anew then, which takes a
+    minute or so. It is done after a checkpoint, so that no step is repeated: never where save_steps is unset."""
     use_gpu: bool = False
     """Give each worker a GPU."""
     cpus_per_worker: int = Field(1, ge=1)
@@ -445,11 +450,41 @@ class RunConfig(Config):
     export: bool = True
     """Write the Hugging Face folder when training is done."""
     resource_timeout_s: float = Field(60.0, gt=0.0)
-    """Longest wait for the cluster to have room for the workers."""
+    """Longest wait for the cluster to have room for the workers, the fewest of them, when the run begins."""
+    restart_timeout_s: float = Field(3600.0, gt=0.0)
+    """The same when they are to be started again: a node may take its time to come back. It is said each minute what is
+    missing. Then the run ends; the same command goes on from its last checkpoint."""
+
+    @property
+    def min_workers(self) -> int:
+        """What a run needs to go on."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """What a run takes where it can."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_text(self) -> str:
+        """`8`, or `2 to 8`."""
+        return f"{self.min_workers} to {self.max_workers}" if self.is_elastic else str(self.max_workers)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change in the course of a run."""
+        return self.min_workers < self.max_workers
 
     def is_lower_better(self, metric: str) -> bool:
         """Whether the smallest value of this metric is the best."""
         return self.best_mode == "min" or (self.best_mode is None and metric.endswith("loss"))
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ascending(cls, number: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(number, int) and number[0] > number[1]:
+            raise ValueError(f"must be the fewest and the most workers, in this order; got {list(number)}")
+        return number
 
     @field_validator("name")
     @classmethod

@@ -71,6 +71,8 @@ def flag_form(option: Option) -> str:
         value = "|".join([*(["N"] if is_number_too else []), *map(str, option.choices)])
     elif not option.takes(str) and (option.is_mapping or option.is_section):
         value = "{KEY: VALUE}"
+    elif option.takes(int) and option.takes(tuple):
+        value = "N|[N,N]"
     else:
         value = next(text for kind, text in kinds.items() if option.takes(kind))
     return f"--{option.name} {value}"

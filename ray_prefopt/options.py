@@ -48,8 +48,13 @@ class Option:
 
     @property
     def is_list(self) -> bool:
-        """Whether it may hold several values, so that its flag may be repeated."""
+        """Whether it may hold several values."""
         return self.takes(list) or self.takes(tuple)
+
+    @property
+    def grows(self) -> bool:
+        """Whether its flag may be repeated for more values; where it may be one number the last flag counts."""
+        return self.is_list and not self.takes(int)
 
     def takes(self, kind: type) -> bool:
         """Whether a value of this type is among those of the field."""

@@ -263,7 +263,7 @@ def _read_flags(arguments: Sequence[str]) -> _Flags:
         for other, (spelled_before, held) in given.items():
             if _leaves_no_room(other, held, keys) or _leaves_no_room(keys, value, other):
                 raise ConfigError(f"{spelled_before} and {spelled} contradict each other; leave one out")
-        grows = option and option.is_list and not (option.is_mapping and isinstance(value, Mapping))
+        grows = option and option.grows and not (option.is_mapping and isinstance(value, Mapping))
         if grows and given.get(keys, (spelled, None))[1] is not None:
             value = [*_as_list(given[keys][1]), *_as_list(value)]
         given[keys] = spelled, value
@@ -321,7 +321,8 @@ def _parse_value(flag: _Flag) -> Any:
         is_mapping = option.is_mapping and isinstance(parse_scalar(text), Mapping)
         return _parse_mapping(flag.typed, text) if is_mapping else _parse_json(text)
     if option is not None and option.is_list:
-        return parse_scalar(text if text.startswith("[") else f"[{text}]")
+        is_whole = text.startswith("[") or not (option.grows or "," in text)
+        return parse_scalar(text if is_whole else f"[{text}]")
     return _parse_mapping(flag.typed, text)
 
 

@@ -21,9 +21,8 @@ def run_values(scaling: ray.train.ScalingConfig | None, run: ray.train.RunConfig
     return {**_scaling_values(scaling or _of_this_machine()), **(_run_values(run) if run else {})}
 
 
-def _scaling_values(scaling: ray.train.ScalingConfig) -> dict[str, Any]:
-    given: Any = scaling.resources_per_worker or {}
-    resources = dict(given)
+def _scaling_values(scaling: Any) -> dict[str, Any]:
+    resources = dict(scaling.resources_per_worker or {})
     cpus = resources.pop("CPU", 1)
     gpus = resources.pop("GPU", 1 if scaling.use_gpu else 0)
     if gpus != (1 if scaling.use_gpu else 0) or cpus != int(cpus) or cpus < 1:
@@ -31,15 +30,21 @@ def _scaling_values(scaling: ray.train.ScalingConfig) -> dict[str, Any]:
             "scaling_config: resources_per_worker needs whole CPUs, and one GPU exactly when use_gpu is true; "
             f"got {scaling.resources_per_worker}"
         )
-    if not isinstance(scaling.num_workers, int):
-        raise ConfigError(f"scaling_config: num_workers must be one number; got {scaling.num_workers}")
     _refuse_others(
         "scaling_config",
         scaling,
-        {"num_workers", "use_gpu", "resources_per_worker", "placement_strategy", "accelerator_type"},
+        {
+            "num_workers",
+            "elastic_resize_monitor_interval_s",
+            "use_gpu",
+            "resources_per_worker",
+            "placement_strategy",
+            "accelerator_type",
+        },
     )
     return {
         "num_workers": scaling.num_workers,
+        "resize_interval_s": scaling.elastic_resize_monitor_interval_s,
         "use_gpu": bool(scaling.use_gpu),
         "cpus_per_worker": int(cpus),
         "resources_per_worker": resources,

@@ -81,8 +81,8 @@ class CPOTrainer:
     `model` is a path, hub id, PreTrainedModel or PeftModel; datasets may be in memory, Ray Datasets, or paths;
     `tokenizer` is the older name of `processing_class`. Callbacks, metrics, collator and optimizer are sent to the
     workers; what callbacks gather there is theirs here when `train` returns. `scaling_config` says how many workers
-    there are and what each has; one on the CPU, or one for each GPU of this machine, when it is not given. `run_config`
-    names the run and its storage. Raises ConfigError for arguments that cannot be honoured, each with what to do
+    there are and what each has; one on the CPU, or one for each GPU of this machine, when it is not given. With a pair
+    of numbers a step has the pairs of the larger one. `run_config` names the run and its storage. Raises ConfigError for arguments that cannot be honoured, each with what to do
     instead.
     """
 

@@ -23,7 +23,7 @@ def to_train_config(
     *,
     model: Mapping[str, Any],
     data: Mapping[str, Any],
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     use_gpu: bool,
     peft_config: Any = None,
     cluster: Mapping[str, Any] = MappingProxyType({}),
@@ -309,7 +309,7 @@ def _optim_args(args: Args) -> dict[str, Any]:
 # --- engine ---
 
 
-def _engine(args: Args, num_workers: int) -> dict[str, Any]:
+def _engine(args: Args, num_workers: int | tuple[int, int]) -> dict[str, Any]:
     """Our section for a DeepSpeed config, whose keys that follow from the other arguments must agree with them."""
     if not args.deepspeed:
         return {}
@@ -401,8 +401,10 @@ def _micro_batch(args: Args) -> int:
     return args.per_gpu_train_batch_size or args.per_device_train_batch_size
 
 
-def _global_batch(args: Args, num_workers: int) -> int:
-    return _micro_batch(args) * args.gradient_accumulation_steps * num_workers
+def _global_batch(args: Args, num_workers: int | tuple[int, int]) -> int:
+    """That of the most workers, where they may be fewer for a while."""
+    workers = num_workers if isinstance(num_workers, int) else num_workers[1]
+    return _micro_batch(args) * args.gradient_accumulation_steps * workers
 
 
 def _evaluates(args: Args, data: Mapping[str, Any]) -> bool:

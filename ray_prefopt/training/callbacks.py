@@ -106,7 +106,7 @@ def arguments_of(config: TrainConfig, folder: str, metric: str | None) -> Traini
         use_cpu=not run.use_gpu,
         per_device_train_batch_size=run.micro_batch,
         per_device_eval_batch_size=run.eval_micro_batch or run.micro_batch,
-        gradient_accumulation_steps=max(run.global_batch // (run.micro_batch * run.num_workers), 1),
+        gradient_accumulation_steps=max(run.global_batch // (run.micro_batch * ranks.world_size()), 1),
         num_train_epochs=run.epochs,
         max_steps=run.max_steps or -1,
         learning_rate=optim.learning_rate,

@@ -26,7 +26,7 @@ class Display:
         self._observer = observer
         self._total = total_steps
         self._seen = 0
-        self._starts = 0
+        self._workers = 0
         self._done = threading.Event()
         self._console = Console(stderr=True, highlight=False)
         self._thread = threading.Thread(target=self._follow, daemon=True, name="display")
@@ -72,12 +72,17 @@ class Display:
             if self._observer is not None:
                 self._observer((kind, value))
 
-    def _on_started(self, state: LoopState) -> None:
-        self._starts += 1
-        if self._starts > 1:
+    def _on_started(self, value: tuple[LoopState, int]) -> None:
+        state, workers = value
+        if self._workers not in (0, workers):
+            self._say(
+                f"workers were started again, {workers} instead of {self._workers}: going on after step {state.step}"
+            )
+        elif self._workers:
             self._say(f"workers were started again: going on after step {state.step}")
         elif state.step:
             self._say(f"resuming after step {state.step} of {self._total}; no pair is repeated or skipped")
+        self._workers = workers
         self._progress.reset(self._task, total=self._total, completed=state.step)
 
     def _on_metrics(self, record: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ METRICS = {
     ),
     "checkpoint_seconds": Metric("ray_prefopt_checkpoint_seconds", "Time that writing the last checkpoint took."),
     "checkpoint_step": Metric("ray_prefopt_checkpoint_step", "Step of the last checkpoint; 0 before the first."),
+    "workers": Metric("ray_prefopt_workers", "Workers of the run since they were last started."),
     "starts": Metric("ray_prefopt_starts", "How often the workers were started; 1 where none was lost."),
     "warnings": Metric("ray_prefopt_warnings", "Warnings so far, such as a checkpoint that could not be written."),
 }  # fmt: skip

@@ -66,14 +66,16 @@ class RunLog:
         self._samples = Lines(self._fs, f"{self._folder}/samples.jsonl")
         self._events: list[Event] = []
         self._gauges = Gauges(self._folder.rstrip("/").rsplit("/", 1)[-1])
+        self._workers = self._step = self._saved_step = 0
         self._board: Board | None = None
+        self._controller: Any = None
         self._fatal: PrefoptError | None = None
         self._evaluation: Evaluation | None = None
         self._callbacks: Returned | None = None
         self._trackers = trackers(self.warn) if trackers else None
 
-    def started(self, state: LoopState) -> None:
-        """Workers begin after `state.step`: what was logged beyond it will be logged again."""
+    def started(self, state: LoopState, workers: int) -> None:
+        """So many workers begin after `state.step`: what was logged beyond it will be logged again."""
         for lines in (self._metrics, self._samples):
             lines.rows = [row for row in lines.rows if row["step"] <= state.step]
         self.flush()
@@ -84,8 +86,9 @@ class RunLog:
         if self._trackers:
             self._trackers.begin(state.step)
         self._gauges.count("starts")
-        self._gauges.show({"step": state.step, "checkpoint_step": state.step})
-        self._events.append(("started", state))
+        self._gauges.show({"step": state.step, "checkpoint_step": state.step, "workers": workers})
+        self._workers, self._step, self._saved_step = workers, state.step, state.step
+        self._events.append(("started", (state, workers)))
 
     def log(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
@@ -95,6 +98,7 @@ class RunLog:
         if self._trackers:
             self._trackers.log(record)
         self._gauges.show(record)
+        self._step = record["step"]
         self._events.append(("metrics", record))
 
     def measured(self, rank: int, values: dict[str, float]) -> None:
@@ -104,6 +108,7 @@ class RunLog:
     def saved(self, path: str, step: int) -> None:
         self.flush()
         self._gauges.show({"checkpoint_step": step})
+        self._saved_step = step
         self._events.append(("saved", (path, step)))
 
     def sampled(self, samples: list[dict[str, Any]]) -> None:
@@ -128,8 +133,28 @@ class RunLog:
         return self._callbacks
 
     def controlled(self, controller: Any) -> None:
-        """`controller` is the actor that runs the workers of this attempt."""
+        """`controller` is the actor that runs the workers of this attempt: they can be stopped by its `abort`.
+
+        They outlive a controller that just dies, until Ray's dashboard notices, if there is one.
+        """
+        self._controller = controller
         self._events.append(("controller", controller))
+
+    def lost(self, why: str) -> None:
+        """The workers are gone, or some of them, so that all are to be started again."""
+        self.warn(f"workers were lost after step {self._step}: {why}; starting them again, {self._from()}")
+
+    def resizing(self, workers: int) -> None:
+        """There will be so many workers."""
+        self.note(
+            f"resizing from {self._workers} to {workers} workers after step {self._step}, {self._from()}"
+        )
+
+    def _from(self) -> str:
+        return f"from the checkpoint of step {self._saved_step}" if self._saved_step else "from the beginning"
+
+    def controller(self) -> Any:
+        return self._controller
 
     def note(self, text: str) -> None:
         """Something that whoever watches may want to know."""

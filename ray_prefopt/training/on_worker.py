@@ -15,14 +15,15 @@ from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worke
 
 def train(job: Job, log: Any) -> None:
     """`loop.train_worker`; rank 0 tells `log`, the run's RunLog, how it goes."""
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
     place = _placed(job, rank)
 
     def on_rank_0(send: Callable[..., Any]) -> Callable[..., None]:
         return send if rank == 0 else lambda *_: None
 
     reports = Reports(
-        started=on_rank_0(log.started.remote),
+        started=on_rank_0(lambda state: log.started.remote(state, workers)),
         log=on_rank_0(log.log.remote),
         saved=on_rank_0(lambda saved: ray.get(log.saved.remote(saved.path, saved.state.step))),
         warn=on_rank_0(log.warn.remote),

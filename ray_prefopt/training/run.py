@@ -55,7 +55,8 @@ MAY_CHANGE = {
     "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
     "eval_samples", "eval_sample_tokens", "save_steps", "save_only_model", "keep_checkpoints", "best_metric",
     "best_mode", "max_failures", "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export",
-    "resource_timeout_s", "storage_path", "report_to", "auto_find_batch_size",
+    "resource_timeout_s", "restart_timeout_s", "resize_interval_s", "storage_path", "report_to",
+    "auto_find_batch_size",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
 
@@ -247,7 +248,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
             if sources
         },
         "workers": {
-            "number": run.num_workers,
+            "number": run.workers_text if run.is_elastic else run.max_workers,
             "each": f"{run.cpus_per_worker} CPU" + (", 1 GPU" if run.use_gpu else ""),
             "engine": f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain",
             **(_describe_memory(config, architecture, model) if data.train_sources else {}),
@@ -298,7 +299,7 @@ def _describe_memory(
         tokens=tokens,
         scored=scored,
         zero_stage=engine.zero_stage if engine.kind == "zero" else None,
-        world_size=run.num_workers,
+        world_size=run.min_workers,  # the fewer share the model, the more has each
         is_half=compute_dtype(given, architecture) != torch.float32,
         checkpointing=given.gradient_checkpointing,
         offload_optimizer=engine.offload_optimizer != "none",
@@ -352,7 +353,7 @@ def _describe_run(config: TrainConfig) -> dict[str, Any]:
         "state": state,
         "steps": total_steps or "known when the pairs are prepared",
         "pairs_per_step": run.global_batch,
-        "micro_batches_per_step": math.ceil(run.global_batch / (run.num_workers * run.micro_batch)),
+        "micro_batches_per_step": math.ceil(run.global_batch / (run.max_workers * run.micro_batch)),
     }
 
 

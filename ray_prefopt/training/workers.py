@@ -5,34 +5,33 @@ Ray Train's controller imports this module before it starts the workers: what th
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray._common.network_utils import parse_address  # type: ignore[attr-defined]  # re-exported from C
 from ray._private.services import canonicalize_bootstrap_address
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from ray_prefopt.config import RunConfig, TrainConfig
+from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ResourceError, TrainingError
+from ray_prefopt.training.controller import Trainer, Watch
 from ray_prefopt.training.network import RayNetwork
+from ray_prefopt.training.room import of_a_worker, wait_for_room
 
 if TYPE_CHECKING:
     from ray_prefopt.training.loop import Job
 
-TELL_AFTER_S = 5.0
-"""What has just finished on the cluster may take that long to give its CPUs back."""
 ANSWER_TIMEOUT_S = 10.0
+STOP_S = 20.0
+"""Longest wait for workers to be stopped in good order."""
 logger = logging.getLogger(__name__)
 
 
@@ -92,30 +91,19 @@ def _work(given: dict[str, Any]) -> None:
     getattr(on_worker, given["work"])(ray.get(given["job"]), given["log"])
 
 
-class _Introduction(ControllerCallback):
-    """Tells the log which actor runs the workers: whoever watches the run can stop it with `abort`.
-
-    Workers outlive a controller that just dies, until Ray's dashboard notices, if there is one.
-    """
-
-    def __init__(self, log: Any) -> None:
-        self._log = log
-
-    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
-        self._log.controlled.remote(ray.get_runtime_context().current_actor)
-
-
 def _fit(work: str, job: "Job", log: Any) -> None:
     run = job.config.run
-    _wait_for_room(job.config)
-    trainer = TorchTrainer(
+    wait_for_room(run)
+    number: Any = (run.min_workers, run.max_workers) if run.is_elastic else run.max_workers
+    trainer = Trainer(
         _work,
         train_loop_config={"work": work, "job": ray.put(job), "log": log},
         torch_config=RayNetwork(),
         scaling_config=ScalingConfig(
-            num_workers=run.num_workers,
+            num_workers=number,
+            elastic_resize_monitor_interval_s=run.resize_interval_s,  # type: ignore[call-arg]  # Train v2 has it
             use_gpu=run.use_gpu,
-            resources_per_worker=_resources(run),
+            resources_per_worker=of_a_worker(run),
             accelerator_type=run.accelerator_type,
             placement_strategy=run.placement_strategy,
         ),
@@ -125,14 +113,14 @@ def _fit(work: str, job: "Job", log: Any) -> None:
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}",
             storage_path=f"{job.folder}/ray",
             failure_config=FailureConfig(max_failures=run.max_failures),
-            callbacks=[_Introduction(log)],  # type: ignore[list-item]  # Train v2 takes it
+            callbacks=[Watch(log, run)],  # type: ignore[list-item]  # Train v2 takes it
             worker_runtime_env={"env_vars": _environment(job.config)},  # type: ignore[call-arg]  # Train v2 has it
         ),
+        run=run,
     )
     failure: TrainingFailedError | None = None
     try:
-        with _interruptible():
-            trainer.fit()
+        _run(trainer, log)
     except TrainingFailedError as error:
         failure = error
     fatal = ray.get(log.fatal.remote())
@@ -142,17 +130,38 @@ def _fit(work: str, job: "Job", log: Any) -> None:
         raise TrainingError(_first_failure(failure)) from failure
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C as everywhere in Python: Ray Train's handler stops the workers, but then exits, and stays installed."""
-    handler = signal.getsignal(signal.SIGINT)
+def _run(trainer: Trainer, log: Any) -> None:
+    """`trainer.fit()`, which Ctrl-C ends with its workers.
+
+    In a thread, where Ray leaves signals alone: its own handler waits for the controller, which hears nothing while it
+    waits for room itself.
+    """
+    ended: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True, name="fit").start()
     try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
+        ended.result()
+    except KeyboardInterrupt:
+        while not ended.done() and (controller := ray.get(log.controller.remote())) is None:
+            time.sleep(0.2)
+        if not ended.done():
+            _stop(controller)
+        raise
+
+
+def _stop(controller: Any) -> None:
+    try:
+        ray.get(controller.abort.remote(), timeout=STOP_S)
+    except ray.exceptions.GetTimeoutError:
+        ray.kill(controller)
+    except ray.exceptions.RayActorError:  # it goes by its own hand
+        pass
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
@@ -164,11 +173,6 @@ def _environment(config: TrainConfig) -> dict[str, str]:
     }
 
 
-def _resources(run: RunConfig) -> dict[str, float]:
-    """Of one worker."""
-    return {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {}), **run.resources_per_worker}
-
-
 def _first_failure(error: TrainingFailedError) -> str:
     """The failing rank's own words, without the frames around them."""
     failures = getattr(error, "worker_failures", {})
@@ -178,29 +182,3 @@ def _first_failure(error: TrainingFailedError) -> str:
     text = str(cause).strip().splitlines()
     others = f" ({len(failures) - 1} other ranks failed too)" if len(failures) > 1 else ""
     return "\n".join([f"rank {rank} failed{others}:", *text[-12:]])
-
-
-def _wait_for_room(config: TrainConfig) -> None:
-    """Wait until the cluster has room for all workers; raises ResourceError after run.resource_timeout_s."""
-    run = config.run
-    asked = {name: run.num_workers * number for name, number in _resources(run).items()}
-    wanted = ", ".join(f"{number:g} {name}" for name, number in asked.items())
-    begun, is_told = time.monotonic(), False
-    while True:
-        available, total = ray.available_resources(), ray.cluster_resources()
-        if all(available.get(name, 0) >= number for name, number in asked.items()):
-            return
-        found = ", ".join(
-            f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked
-        )
-        waited = time.monotonic() - begun
-        if waited > run.resource_timeout_s:
-            raise ResourceError(
-                f"{run.num_workers} workers need {wanted}; the cluster has {found} after waiting "
-                f"{run.resource_timeout_s:g} s. Lower run.num_workers or run.cpus_per_worker, add nodes, or raise "
-                "run.resource_timeout_s; `ray status` shows what holds them"
-            )
-        if waited > TELL_AFTER_S and not is_told:
-            logger.warning("waiting up to %g s for %s; %s", run.resource_timeout_s, wanted, found)
-            is_told = True
-        time.sleep(0.5)

@@ -187,10 +187,6 @@ def small(tmp_path: Path, **arguments: Any) -> CPOTrainer:
             "processing_class: got none, and a model made in memory names no tokenizer",
         ),
         (
-            {"scaling_config": ScalingConfig(num_workers=(1, 2))},
-            "scaling_config: num_workers must be one number",
-        ),
-        (
             {"optimizers": (None, object())},
             "optimizers: got a scheduler without its optimizer; give both, or name it in args.lr_scheduler_type",
         ),

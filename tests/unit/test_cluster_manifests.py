@@ -364,7 +364,7 @@ def test_secrets_are_named_and_never_there(rendered: dict[str, list[Manifest]]) 
 def test_the_cluster_has_room_for_the_run(
     rendered: dict[str, list[Manifest]], name: str, tmp_path: Path
 ) -> None:
-    """The command parses, its config loads, the run has a name to be resumed by, and fits the smallest cluster."""
+    """The command parses, its config loads, the run has a name to be resumed by, and begins on the smallest cluster."""
     item = of_ray(rendered[name])
     command, config = parsed(rendered[name], tmp_path)
     run = config.run
@@ -373,10 +373,11 @@ def test_the_cluster_has_room_for_the_run(
     assert run.storage_path == ("s3://ray-prefopt/runs" if name == "s3" else "/runs")
     _, workers = groups(item)
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    nodes, gpus = workers["minReplicas"], int(limits.get("nvidia.com/gpu", 0))
+    gpus = int(limits.get("nvidia.com/gpu", 0))
     assert run.use_gpu == (gpus > 0)
     per_node = min(int(limits["cpu"]) // run.cpus_per_worker, gpus if gpus else 10**9)
-    assert run.num_workers <= nodes * per_node
+    assert run.min_workers <= workers["minReplicas"] * per_node
+    assert run.max_workers <= workers["maxReplicas"] * per_node
     if run.max_failures == -1:
         assert cluster_of(item)["enableInTreeAutoscaling"]
 
@@ -406,7 +407,7 @@ def test_runs_of_a_kind_differ_in_what_their_overlay_is_about(
 ) -> None:
     _, gpu = parsed(rendered["gpu"], tmp_path)
     changes = {
-        "gpu-spot": {"save_steps": 25, "max_failures": -1},
+        "gpu-spot": {"num_workers": (4, 8), "save_steps": 25, "max_failures": -1},
         "s3": {"storage_path": "s3://ray-prefopt/runs"},
         "interactive": {},
         "kueue": {},

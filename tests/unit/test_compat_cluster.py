@@ -12,6 +12,7 @@ from ray_prefopt.errors import ConfigError
 def test_without_configs_there_is_one_worker_on_this_machine() -> None:
     assert run_values(None, None) == {
         "num_workers": 1,
+        "resize_interval_s": 60.0,
         "use_gpu": False,
         "cpus_per_worker": 1,
         "resources_per_worker": {},
@@ -22,14 +23,16 @@ def test_without_configs_there_is_one_worker_on_this_machine() -> None:
 
 def test_what_each_worker_gets() -> None:
     scaling = ScalingConfig(
-        num_workers=8,
+        num_workers=(2, 8),
+        elastic_resize_monitor_interval_s=300,
         use_gpu=True,
         resources_per_worker={"CPU": 6, "GPU": 1, "fast_disk": 0.5},
         placement_strategy="SPREAD",
         accelerator_type="H100",
     )
     assert run_values(scaling, None) == {
-        "num_workers": 8,
+        "num_workers": (2, 8),
+        "resize_interval_s": 300,
         "use_gpu": True,
         "cpus_per_worker": 6,
         "resources_per_worker": {"fast_disk": 0.5},
@@ -69,11 +72,6 @@ def test_what_ray_makes_up_is_not_taken() -> None:
             None,
             "scaling_config: resources_per_worker needs whole CPUs, and one GPU exactly when use_gpu is true; "
             "got {'CPU': 0.5}",
-        ),
-        (
-            ScalingConfig(num_workers=(1, 2)),
-            None,
-            "scaling_config: num_workers must be one number; got (1, 2)",
         ),
         (
             ScalingConfig(label_selector={"zone": "a"}),

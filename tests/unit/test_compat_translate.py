@@ -24,7 +24,7 @@ EVAL = {"train": "pairs.jsonl", "eval": "held_out.jsonl"}
 def translated(
     args: Any,
     data: dict[str, Any] = EVAL,
-    workers: int = 2,
+    workers: int | tuple[int, int] = 2,
     use_gpu: bool = True,
     peft_config: Any = None,
     is_encoder_decoder: bool | None = None,

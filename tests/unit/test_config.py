@@ -86,6 +86,12 @@ def test_json_reads_back_equal() -> None:
         ),
         (RunConfig, {"name": "../x"}, r"folder name of letters, digits, .*; got '\.\./x'"),
         (RunConfig, {"name": "x" * 129}, "must be a folder name"),
+        (
+            RunConfig,
+            {"num_workers": [4, 2]},
+            r"must be the fewest and the most workers, in this order; got \[4, 2\]",
+        ),
+        (RunConfig, {"num_workers": [0, 2]}, "greater than or equal to 1"),
     ],
 )
 def test_contradictions_are_refused(section: type, values: dict[str, Any], message: str) -> None:
@@ -96,6 +102,17 @@ def test_contradictions_are_refused(section: type, values: dict[str, Any], messa
 def test_a_field_of_another_loss_is_refused() -> None:
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         TypeAdapter(LossConfig).validate_python({"kind": "cpo", "gamma_beta_ratio": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("number", "fewest", "most", "text", "is_elastic"),
+    [(4, 4, 4, "4", False), ([2, 8], 2, 8, "2 to 8", True), ((3, 3), 3, 3, "3", False)],
+)
+def test_the_number_of_workers(number: Any, fewest: int, most: int, text: str, is_elastic: bool) -> None:
+    run = RunConfig(num_workers=number)
+    assert (run.min_workers, run.max_workers) == (fewest, most)
+    assert (run.workers_text, run.is_elastic) == (text, is_elastic)
+    assert RunConfig.model_validate_json(run.model_dump_json()) == run
 
 
 def test_sources_become_tuples() -> None:

@@ -70,7 +70,7 @@ def test_the_numbers_of_evaluations() -> None:
 
 def test_a_run_from_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
     events = [
-        ("started", LoopState()),
+        ("started", (LoopState(), 2)),
         ("metrics", RECORD),
         ("metrics", {"step": 12, "epoch": 0.3, "eval_loss": 0.5, "eval_rewards/accuracies": 1.0}),
         ("saved", ("s3://bucket/run/checkpoints/step-00000012-0123abcd", 12)),
@@ -87,15 +87,17 @@ def test_a_run_from_the_beginning(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(capsys, ("started", LoopState(10))) == [
+    assert shown(capsys, ("started", (LoopState(10), 2))) == [
         "resuming after step 10 of 40; no pair is repeated or skipped"
     ]
 
 
 def test_workers_that_begin_again_are_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown(capsys, ("started", LoopState()), ("started", LoopState(7)), ("started", LoopState(7))) == [
+    states = [(LoopState(), 2), (LoopState(7), 2), (LoopState(7), 1), (LoopState(9), 2)]
+    assert shown(capsys, *[("started", state) for state in states]) == [
         "workers were started again: going on after step 7",
-        "workers were started again: going on after step 7",
+        "workers were started again, 1 instead of 2: going on after step 7",
+        "workers were started again, 2 instead of 1: going on after step 9",
     ]
 
 
@@ -126,7 +128,7 @@ def test_a_log_that_is_gone_stops_nobody(
 
 def test_a_terminal_has_a_bar_that_follows_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display_module.sys.stderr, "isatty", lambda: True, raising=False)
-    display = Display(FakeLog(("started", LoopState(10)), ("metrics", RECORD)), 40)
+    display = Display(FakeLog(("started", (LoopState(10), 2)), ("metrics", RECORD)), 40)
     display._show_new()
     (task,) = display._progress.tasks
     assert (task.completed, task.total, task.fields["summary"]) == (12, 40, SUMMARY)

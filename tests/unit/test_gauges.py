@@ -63,15 +63,16 @@ def test_other_ranks_show_what_is_their_own_alone(seen: Values) -> None:
 
 def test_the_log_of_a_run_shows_how_it_goes(seen: Values, tmp_path: Path) -> None:
     log: Any = RunLog.__ray_metadata__.modified_class(str(tmp_path / "second"))
-    log.started(LoopState())
+    log.started(LoopState(), 4)
     log.log({"step": 5, "loss": 0.5})
     log.measured(1, {"data_wait": 0.5})
     log.measured(0, {"checkpoint_seconds": 1.5})
     log.saved("folder/step-6", 6)
     log.warn("the disk is slow")
     log.log({"step": 8, "loss": 0.25})
-    log.started(LoopState(6))
+    log.started(LoopState(6), 3)
     assert seen == {
+        ("prefopt_workers", "second"): 3,
         ("prefopt_starts", "second"): 2,
         ("prefopt_step", "second"): 6,
         ("prefopt_loss", "second"): 0.25,

@@ -30,7 +30,7 @@ def lines(folder: Path | str) -> list[dict[str, Any]]:
 def run(folder: Path | str, start: int, stop: int) -> Any:
     """A run that logs the steps after `start` up to `stop`."""
     log = Log(str(folder))
-    log.started(LoopState(start))
+    log.started(LoopState(start), 2)
     for step in range(start + 1, stop + 1):
         log.log(record(step))
     return log
@@ -70,7 +70,7 @@ def test_a_resumed_run_takes_back_what_it_will_log_again(tmp_path: Path) -> None
 
 def test_workers_that_begin_again_in_the_same_attempt_do_as_well(tmp_path: Path) -> None:
     log = run(tmp_path, 0, 5)
-    log.started(LoopState(2))
+    log.started(LoopState(2), 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     log.log(record(3))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -82,7 +82,7 @@ def test_a_process_killed_while_writing_leaves_whole_lines(tmp_path: Path) -> No
     path.write_bytes(path.read_bytes()[:-5])
     log = Log(str(tmp_path))
     assert [line["step"] for line in log.records()] == [1, 2]
-    log.started(LoopState(2))
+    log.started(LoopState(2), 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
@@ -95,7 +95,7 @@ def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
         "eval_loss": {4: 0.25},
     }
     resumed = Log(str(tmp_path))
-    resumed.started(LoopState(2))
+    resumed.started(LoopState(2), 2)
     resumed.log(record(3, extra=7.0))
     resumed.flush()
     assert scalars(tmp_path) == {
@@ -109,18 +109,40 @@ def test_events_are_those_of_this_attempt_in_order(tmp_path: Path) -> None:
     run(tmp_path, 0, 2)
     log = Log(str(tmp_path))
     assert log.events(0) == []
-    log.started(LoopState(1))
+    log.started(LoopState(1), 2)
     log.log(record(2))
     log.saved("folder/step-2", 2)
     log.warn("the disk is slow")
     assert log.events(0) == [
-        ("started", LoopState(1)),
+        ("started", (LoopState(1), 2)),
         ("metrics", record(2)),
         ("saved", ("folder/step-2", 2)),
         ("warning", "the disk is slow"),
     ]
     assert log.events(3) == [("warning", "the disk is slow")]
     assert log.events(4) == []
+
+
+def test_workers_that_are_lost_or_resized(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 4)
+    log.lost("rank 1: its node died")
+    log.saved("folder/step-4", 4)
+    log.log(record(5))
+    log.lost("rank 0: it was killed")
+    log.started(LoopState(4), 1)
+    log.resizing(3)
+    assert [event for event in log.events(0) if event[0] in ("warning", "note")] == [
+        (
+            "warning",
+            "workers were lost after step 4: rank 1: its node died; starting them again, from the beginning",
+        ),
+        (
+            "warning",
+            "workers were lost after step 5: rank 0: it was killed; starting them again, "
+            "from the checkpoint of step 4",
+        ),
+        ("note", "resizing from 1 to 3 workers after step 4, from the checkpoint of step 4"),
+    ]
 
 
 def test_the_first_fatal_error_counts(tmp_path: Path) -> None:
@@ -139,7 +161,7 @@ def test_object_stores_have_the_file_at_checkpoints() -> None:
     log.saved(f"{folder}/checkpoints/step-3", 3)
     assert lines(folder) == [record(1), record(2), record(3)]
     resumed = Log(folder)
-    resumed.started(LoopState(2))
+    resumed.started(LoopState(2), 2)
     resumed.log(record(3))
     resumed.flush()
     assert [line["step"] for line in lines(folder)] == [1, 2, 3]

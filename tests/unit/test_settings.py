@@ -188,6 +188,9 @@ def test_values_that_look_like_something_else() -> None:
         ["--optim.betas", ".9", "--optim.betas", "95e-2"],
     ):
         assert flags(*words).optim.betas == (0.9, 0.95)
+    for words in (["--run.num_workers=[2,8]"], ["--run.num_workers", "2,8"], ["--run.num_workers", "[2, 8]"]):
+        assert flags(*words).run.num_workers == (2, 8)
+    assert flags("--run.num_workers", "[2, 8]", "--run.num_workers", "4").run.num_workers == 4
     assert flags("--model.lora.modules_to_save", "embed,head").model.lora == LoraConfig(
         modules_to_save=["embed", "head"]
     )
@@ -340,6 +343,13 @@ def test_split_flags_leaves_the_rest_in_order() -> None:
         ("optim: {betas: [0.9]}", "run.yaml:5: optim.betas is too short; got [0.9]"),
         ("optim: {betas: [0.9, x]}", 'run.yaml:5: optim.betas[1] must be a number; got "x"'),
         ("optim: {betas: [1, 2, 3]}", "run.yaml:5: optim.betas must be a list of 2; got [1, 2, 3]"),
+        ("run: {num_workers: 0}", "run.yaml:5: run.num_workers must be >= 1 or a list; got 0"),
+        ("run: {num_workers: [0, 2]}", "run.yaml:5: run.num_workers[0] must be >= 1; got 0"),
+        (
+            "run: {num_workers: [4, 2]}",
+            "run.yaml:5: run.num_workers must be the fewest and the most workers, in this order; got [4, 2]",
+        ),
+        ("run: {num_workers: x}", 'run.yaml:5: run.num_workers must be an integer or a list; got "x"'),
         (
             "optim: {schedule: linear, schedule: cosine}",
             "run.yaml:5: optim.schedule is given twice, first in line 5; keep one",

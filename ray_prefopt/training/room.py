@@ -1,0 +1,83 @@
+"""Room for the workers on the cluster: what they need, what there is, and waiting for the difference."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from ray_prefopt.config import RunConfig
+from ray_prefopt.errors import ResourceError
+
+TELL_AFTER_S = 5.0
+"""What has just finished on the cluster may take that long to give its CPUs back."""
+TELL_EACH_S = 60.0
+"""How often it is said what is still missing."""
+logger = logging.getLogger(__name__)
+
+
+def of_a_worker(run: RunConfig) -> dict[str, float]:
+    """What one worker needs, by Ray's names."""
+    return {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {}), **run.resources_per_worker}
+
+
+def missing(run: RunConfig, workers: int) -> str:
+    """`2 workers need 2 CPU; the cluster has 1 of 4 CPU free`."""
+    available, total = ray.available_resources(), ray.cluster_resources()
+    asked = _asked(run, workers)
+    needed = ", ".join(f"{number:g} {name}" for name, number in asked.items())
+    found = ", ".join(f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked)
+    return f"{workers} workers need {needed}; the cluster has {found}"
+
+
+def fitting(run: RunConfig, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers fit on nodes with these resources."""
+    each = {name: number for name, number in of_a_worker(run).items() if number}
+    return sum(min(int(node.get(name, 0) // number) for name, number in each.items()) for node in nodes)
+
+
+def wait_for_room(run: RunConfig) -> None:
+    """Wait until the cluster has room for the fewest workers; raises ResourceError after run.resource_timeout_s."""
+    begun, workers = time.monotonic(), run.min_workers
+    asked = _asked(run, workers)
+    while time.monotonic() - begun < min(TELL_AFTER_S, run.resource_timeout_s):
+        available = ray.available_resources()
+        if all(available.get(name, 0) >= number for name, number in asked.items()):
+            return
+        time.sleep(0.5)
+    if run.resource_timeout_s > TELL_AFTER_S:
+        told = begun - TELL_EACH_S
+        with asking_for_nodes(run) as group:
+            while time.monotonic() - begun < run.resource_timeout_s:
+                if time.monotonic() - told >= TELL_EACH_S:
+                    logger.warning("waiting up to %g s: %s", run.resource_timeout_s, missing(run, workers))
+                    told = time.monotonic()
+                if group.wait(1):
+                    return
+    raise ResourceError(
+        f"{missing(run, workers)} after waiting {run.resource_timeout_s:g} s. Lower run.num_workers or "
+        "run.cpus_per_worker, add nodes, or raise run.resource_timeout_s; `ray status` shows what holds them"
+    )
+
+
+@contextmanager
+def asking_for_nodes(run: RunConfig) -> Iterator[PlacementGroup]:
+    """Room that is asked for while this lasts: the fewest workers, placed as they would be.
+
+    An autoscaler adds nodes for a placement group that waits. For `request_resources` of its SDK it adds none while
+    others use those there are, and Ray Data and Ray Train each take back what anybody asked for in that way.
+    """
+    each = of_a_worker(run)
+    if run.accelerator_type:
+        each[f"accelerator_type:{run.accelerator_type}"] = 0.001
+    group = placement_group([each] * run.min_workers, strategy=run.placement_strategy)
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _asked(run: RunConfig, workers: int) -> dict[str, float]:
+    return {name: workers * number for name, number in of_a_worker(run).items()}
