@@ -82,8 +82,8 @@ def run_demo(folder: str | Path = "demo") -> DemoResult:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     folder = claim_folder(Path(folder).absolute())
     learned, held_out = preference_rows(seed=0)
-    _write_rows(folder / "train.jsonl", learned)
-    _write_rows(folder / "eval.jsonl", held_out)
+    write_rows(folder / "train.jsonl", learned)
+    write_rows(folder / "eval.jsonl", held_out)
     make_tokenizer([text for row in learned for text in texts(row)]).save_pretrained(folder / "tokenizer")
     config = demo_config(folder)
     (folder / CONFIG).write_text(dump_yaml(config))
@@ -136,7 +136,7 @@ def claim_folder(folder: Path) -> Path:
 # --- The pairs ---
 
 
-def preference_rows(*, seed: int) -> tuple[list[Row], list[Row]]:
+def preference_rows(*, seed: int, hidden_share: float = HELD_OUT) -> tuple[list[Row], list[Row]]:
     """Conversational rows for training, and held-out ones about pairs of things that are in no row for training.
 
     Neighbours in size are never held out: the order of any other two follows from the pairs that training sees.
@@ -144,7 +144,7 @@ def preference_rows(*, seed: int) -> tuple[list[Row], list[Row]]:
     rng = random.Random(seed)
     meetings = list(combinations(range(len(THINGS)), 2))
     inferable = [meeting for meeting in meetings if meeting[1] - meeting[0] > 1]
-    hidden = set(rng.sample(inferable, round(HELD_OUT * len(meetings))))
+    hidden = set(rng.sample(inferable, round(hidden_share * len(meetings))))
     held_out, learned = (
         [row for small, big in part for row in _rows(THINGS[small], THINGS[big])]
         for part in (sorted(hidden), sorted(set(meetings) - hidden))
@@ -182,7 +182,7 @@ def texts(row: Row) -> tuple[str, str, str]:
     return prompt, chosen, rejected
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
+from ray.tune.search import Searcher, SearchGenerator
 
 from ray_prefopt.search.space import Point, Space, label
 from ray_prefopt.search.trial import FAILED
@@ -184,6 +184,13 @@ class Points(Searcher):
                 point = self._space.suggest(optuna.trial.FixedTrial(trial.params))  # type: ignore[arg-type]
                 self._progress.waiting += [Attempt(trial.number, point, seed) for seed in self._seeds]
                 self._progress.handed_out += 1
+
+
+class Generator(SearchGenerator):
+    """Tune's view of `Points`: the end of a search is not remembered, as it may be gone on with for more trials."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state({**state, "finished": False})
 
 
 def trial_name(number: int, seed: int | None) -> str:

@@ -163,9 +163,14 @@ class Recorder(Callback):
         self._write()
 
     def on_trial_complete(self, *_: Any, **info: Any) -> None:
-        row = self.rows[str(info["trial"])]
+        trial = info["trial"]
+        row = self.rows[str(trial)]
         if row.status != "finished":
             row.status = "failed" if row.error else "stopped"
+            if (
+                trial.temporary_state.ray_actor is not None
+            ):  # kept for the next trial, it would let the run go on
+                trial.temporary_state.ray_actor.cleanup.remote()
         self._tell(row)
 
     def on_trial_error(self, *_: Any, **info: Any) -> None:

@@ -106,7 +106,12 @@ class Trial(Trainable):
         self._total_steps = 1
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Become the next trial, in the process of one that has ended."""
+        """Become the next trial, in the process of one that has ended or was stopped."""
+        self.cleanup()
+        if self._run is not None:
+            self._work.join(START_S)
+            if self._work.is_alive():
+                return False
         self.setup(new_config)  # tune.with_parameters adds the task
         return True
 

@@ -27,7 +27,7 @@ from tensorboardX import SummaryWriter
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ResourceError, TrainingError
 from ray_prefopt.search.measure import check_metric, make_measure
-from ray_prefopt.search.points import Points, first_points, number_of_points, trial_name
+from ray_prefopt.search.points import Generator, Points, first_points, number_of_points, trial_name
 from ray_prefopt.search.report import write_report
 from ray_prefopt.search.schedulers import make_scheduler
 from ray_prefopt.search.space import Point, Space, label, make_space
@@ -261,9 +261,10 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
     settings: dict[str, Any] = {"point": ray_tune.grid_search(points), "seed": _seeds(base, search)[0]}
     if not is_population:
         settings = {}
-        search_alg = Points(
+        points_alg = Points(
             space, search, _seeds(base, search), _study_url(folder), lambda: _limit(base, search)
         )
+        search_alg = Generator(points_alg)
 
     def name_of(trial: Any) -> str:
         return trial.config.get("name") or trial_name(points.index(trial.config["point"]), None)
@@ -289,7 +290,7 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
         trial_dirname_creator=name_of,
         max_failures=RETRIES,
         raise_on_failed_trial=False,
-        reuse_actors=search.scheduler == "fifo",  # where no run is ever stopped in the middle
+        reuse_actors=search.scheduler not in PAUSING,
         resume="AUTO+ERRORED" if _has_snapshot(folder) else False,
         verbose=0,
     )

@@ -37,6 +37,10 @@ def config(toy: Toy, folder: Path, **run: Any) -> TrainConfig:
     return TrainConfig.model_validate({**values, "engine": {"kind": "plain"}})
 
 
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("search")
@@ -152,47 +156,86 @@ def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> N
     assert sum(result["trials"].values()) == 3
     assert (tmp_path / "sweep/trial-000/result.json").stat().st_mtime_ns == finished
     assert first["steps"] == STEPS
-    records = [
-        json.loads(line) for line in (tmp_path / "sweep/trial-001/metrics.jsonl").read_text().splitlines()
-    ]
-    steps = [record["step"] for record in records if "loss" in record]
+    steps = [record["step"] for record in records(tmp_path / "sweep/trial-001") if "loss" in record]
     assert steps == sorted(set(steps))
     assert len(list((tmp_path / "sweep/trial-001/ray").iterdir())) == 2
     assert len(done.stderr.splitlines()) < 60
 
+    more = subprocess.run(
+        [*command, "--resume", "--json", "--search.trials=4"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert more.returncode == 0, more.stderr
+    assert sum(json.loads(more.stdout)["trials"].values()) == 4
+    assert (tmp_path / "sweep/trial-000/result.json").stat().st_mtime_ns == finished
+
 
 @pytest.mark.soak
-def test_a_population_recovers_from_a_bad_start(toy: Toy, tmp_path: Path, ray_local: None) -> None:
-    """Two trials: a learning rate that learns nothing copies the one that does, weights and all."""
+@pytest.mark.parametrize(
+    ("field", "bad", "good"), [("optim.learning_rate", 1e-7, 1e-2), ("loss.beta", 1e-9, 2.0)]
+)
+def test_a_population_recovers_from_a_bad_start(
+    field: str, bad: float, good: float, toy: Toy, tmp_path: Path, ray_local: None
+) -> None:
+    """Two trials: the one that learns nothing, for its rate or its beta, copies the other, weights and all."""
     search = SearchConfig.model_validate(
         {
-            "space": {"optim.learning_rate": {"loguniform": [1e-7, 3e-2]}},
-            "points": [{"optim.learning_rate": 1e-7}, {"optim.learning_rate": 1e-2}],
+            "space": {field: {"loguniform": [bad, 4 * good]}},
+            "points": [{field: bad}, {field: good}],
             "trials": 2,
             "scheduler": "pbt",
             "grace": 0.4,
         }
     )
     base = config(toy, tmp_path, eval_steps=0.4, epochs=30)  # long enough for the two to meet
+    base = base.model_copy(update={"loss": base.loss.model_copy(update={"cpo_alpha": 0.0})})
     result = tune(base, search)
     rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
-    bad = rows["trial-000"]
-    assert bad["history"] == [{"optim.learning_rate": 1e-7}]
-    assert bad["point"]["optim.learning_rate"] > 1e-3
-    assert bad["run"].startswith("sweep/trial-000.")
-    copied = TrainConfig.model_validate_json(Path(tmp_path, bad["run"], "config.json").read_text())
-    assert copied.optim.learning_rate == bad["point"]["optim.learning_rate"]
+    copier = rows["trial-000"]
+    assert copier["history"] == [{field: bad}]
+    assert copier["point"][field] > 1e4 * bad
+    assert copier["run"].startswith("sweep/trial-000.")
+    copied = TrainConfig.model_validate_json(Path(tmp_path, copier["run"], "config.json").read_text())
+    section, name = field.split(".")
+    assert getattr(getattr(copied, section), name) == copier["point"][field]
     assert copied.run.resume_from is not None
     assert "/sweep/trial-001/checkpoints/step-00000" in copied.run.resume_from
-    first = next(
-        json.loads(line) for line in Path(tmp_path, bad["run"], "metrics.jsonl").read_text().splitlines()
-    )
-    donor = [
-        json.loads(line) for line in Path(tmp_path, "sweep/trial-001/metrics.jsonl").read_text().splitlines()
-    ]
+    first = records(Path(tmp_path, copier["run"]))[0]
+    donor = records(tmp_path / "sweep/trial-001")
     same = next(record for record in donor if record["step"] == first["step"] and "loss" in record)
-    assert first["loss"] == same["loss"]  # one step further than the checkpoint, before the rates tell
-    assert bad["metrics"][METRIC] > 0.9
+    for measured in ("logps/chosen", "logps/rejected"):  # of the donor's weights, before rate and beta tell
+        assert first[measured] == same[measured]
+    assert (first["loss"] == same["loss"]) == (field != "loss.beta")
+    assert copier["metrics"][METRIC] > 0.9
+    untouched = records(tmp_path / "sweep/trial-000")
+    assert all(record[METRIC] < 0.7 for record in untouched if METRIC in record)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+def test_a_scheduler_lets_the_better_trials_go_on(
+    scheduler: str, toy: Toy, tmp_path: Path, ray_local: None
+) -> None:
+    """Of four rates the two that learn nothing end early, or are paused and gone on with from their checkpoints."""
+    points = [{"optim.learning_rate": rate} for rate in (1e-2, 2e-2, 1e-8, 2e-8)]
+    search = SearchConfig.model_validate(
+        {
+            "space": {"optim.learning_rate": {"loguniform": [1e-8, 1e-1]}},
+            "points": points,
+            "trials": 4,
+            "scheduler": scheduler,
+            "reduction_factor": 2,
+        }
+    )
+    result = tune(config(toy, tmp_path, eval_steps=0.25, epochs=4), search)
+    rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
+    assert result.point["optim.learning_rate"] >= 1e-2
+    assert result.value > 0.9
+    assert all(row["status"] in ("finished", "stopped") for row in rows.values())
+    assert min(rows["trial-002"]["progress"], rows["trial-003"]["progress"]) < 1
+    for name in rows:
+        steps = [record["step"] for record in records(tmp_path / "sweep" / name) if "loss" in record]
+        assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.soak
