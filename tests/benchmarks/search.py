@@ -3,7 +3,7 @@
     python -m tests.benchmarks.search [FOLDER]
 
 Twelve trials chosen by Optuna and thinned by ASHA, two at a time. The winner and the default config are then compared
-on pairs that neither training nor the search saw. A few minutes on two cores; the picture is FOLDER/runs/sweep/report.html.
+on pairs that neither training nor the search saw. A few minutes on two cores; see FOLDER/runs/sweep/report.html.
 """
 
 import json
