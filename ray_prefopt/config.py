@@ -449,6 +449,9 @@ class RunConfig(Config):
     """Start anew under a name that is taken; the old run's folder is moved aside."""
     export: bool = True
     """Write the Hugging Face folder when training is done."""
+    collective_timeout_s: int = Field(1800, ge=1)
+    """Longest that a worker waits for the others, at the start or in a step, before it takes them for lost. A node that
+    falls silent is noticed by Ray itself, after a minute."""
     resource_timeout_s: float = Field(60.0, gt=0.0)
     """Longest wait for the cluster to have room for the workers, the fewest of them, when the run begins."""
     restart_timeout_s: float = Field(3600.0, gt=0.0)

@@ -97,6 +97,7 @@ HONOURED = {
     "gamma_beta_ratio": "`loss.gamma_beta_ratio`",
     "alpha": "`loss.alpha`; refused with `sigmoid` and `hinge`, where it overflows in TRL",
     "label_smoothing": "`loss.label_smoothing`; refused with `hinge` and `ipo`, where TRL leaves it out",
+    "ddp_timeout": "`run.collective_timeout_s`",
     # logging, evaluation, checkpoints
     "logging_strategy": "`run.log_steps`: `epoch` at the end of each epoch, `no` after the last step alone",
     "logging_steps": "`run.log_steps`; below 1, a share of all steps",
@@ -137,7 +138,6 @@ IGNORED = {
     "overwrite_output_dir": "`train()` moves an older run aside, unless it is to resume it",
     "local_rank": "Ray Train gives the workers their ranks",
     "ddp_backend": "Ray Train makes the process group: nccl on GPUs, gloo on CPUs",
-    "ddp_timeout": "Ray Train makes the process group, and watches over its workers",
     **dict.fromkeys(
         ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"), _DDP
     ),

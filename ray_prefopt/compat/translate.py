@@ -435,6 +435,7 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         "drop_last": args.dataloader_drop_last,
         "seed": args.seed,
         "full_determinism": args.full_determinism,
+        "collective_timeout_s": args.ddp_timeout,
         "log_steps": _interval(_text(args.logging_strategy), args.logging_steps),
         "log_first_step": args.logging_first_step,
         "eval_steps": eval_steps,

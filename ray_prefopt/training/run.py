@@ -55,7 +55,7 @@ MAY_CHANGE = {
     "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
     "eval_samples", "eval_sample_tokens", "save_steps", "save_only_model", "keep_checkpoints", "best_metric",
     "best_mode", "max_failures", "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export",
-    "resource_timeout_s", "restart_timeout_s", "resize_interval_s", "storage_path", "report_to",
+    "collective_timeout_s", "resource_timeout_s", "restart_timeout_s", "resize_interval_s", "storage_path", "report_to",
     "auto_find_batch_size",
 }  # fmt: skip
 """Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""

@@ -98,7 +98,7 @@ def _fit(work: str, job: "Job", log: Any) -> None:
     trainer = Trainer(
         _work,
         train_loop_config={"work": work, "job": ray.put(job), "log": log},
-        torch_config=RayNetwork(),
+        torch_config=RayNetwork(timeout_s=run.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=number,
             elastic_resize_monitor_interval_s=run.resize_interval_s,  # type: ignore[call-arg]  # Train v2 has it

@@ -155,6 +155,7 @@ CASES: dict[str, list[Case]] = {
     "torchdynamo": [(SIMPO, {"torchdynamo": "eager"}, "model.compile", CompileConfig(backend="eager"))],
     "tf32": [(CPO, {"tf32": True}, "model.float32_matmul_precision", "high")],
     "full_determinism": [(CPO, {"full_determinism": True}, "run.full_determinism", True)],
+    "ddp_timeout": [(CPO, {"ddp_timeout": 60}, "run.collective_timeout_s", 60)],
     "trust_remote_code": [(CPO, {"trust_remote_code": True}, "model.trust_remote_code", True)],
     "deepspeed": [(CPO, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "engine.zero_stage", 3)],
     # lengths

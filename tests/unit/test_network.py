@@ -1,8 +1,10 @@
-"""Which interface gloo is told to use."""
+"""Which interface gloo is told to use, and how long workers wait for each other."""
 
 import socket
+from datetime import timedelta
 
 import pytest
+from torch.distributed import distributed_c10d
 
 from ray_prefopt.training import network
 
@@ -29,3 +31,11 @@ def test_an_address_that_no_interface_has(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(network.os, "environ", {})
     network.choose_interface()
     assert network.os.environ == {}
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_groups_without_a_timeout_get_that_of_the_run(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, timedelta(seconds=1))
+    network.limit_waiting(77)
+    assert distributed_c10d._get_default_timeout(backend) == timedelta(seconds=77)
