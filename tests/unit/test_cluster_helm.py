@@ -1,6 +1,7 @@
 """The values for KubeRay's Helm chart describe the cluster of kuberay/base, by keys that the chart has."""
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,15 @@ def as_chart_can(cluster: Manifest) -> Manifest:
 
 
 def small(cluster: Manifest) -> Manifest:
-    """With what the overlay cpu-smoke changes in the same base."""
+    """With what the overlay cpu-smoke changes in the same base, and the config of its own."""
     cluster = copy.deepcopy(cluster)
     job = next(
         item for item in render(CLUSTER / "kuberay" / "overlays" / "cpu-smoke") if item["kind"] == "RayJob"
     )
     given = job["spec"]["rayClusterSpec"]
     cluster["spec"] |= {key: given[key] for key in ("headGroupSpec", "workerGroupSpecs")}
-    return cluster
+    own: Manifest = json.loads(json.dumps(cluster).replace("ray-prefopt-config", "ray-prefopt-interactive"))
+    return own
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every overlay of cluster/kuberay, rendered: what the API server and the operator refuse, and what our CLI would."""
 
 import copy
+import json
 import re
 import shlex
 import shutil
@@ -86,6 +87,20 @@ def test_kubectl_renders_the_same(rendered: dict[str, list[Manifest]], name: str
         return {(item["kind"], item["metadata"]["name"]): item for item in objects}
 
     assert by_name(rendered[name]) == by_name(list(yaml.safe_load_all(out)))
+
+
+def test_each_has_a_config_of_its_own(rendered: dict[str, list[Manifest]]) -> None:
+    """A job that is tried anew reads its own, whatever else was applied; it is mounted by every pod of it."""
+    owners: dict[str, set[str]] = {}
+    for objects in rendered.values():
+        (config,) = (item["metadata"]["name"] for item in objects if item["kind"] == "ConfigMap")
+        owners.setdefault(config, set()).add(of_ray(objects)["metadata"]["name"])
+        for group in groups(of_ray(objects)):
+            volumes = group["template"]["spec"]["volumes"]
+            mounted = [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]
+            assert mounted == [config]
+    assert all(len(jobs) == 1 for jobs in owners.values())
+    assert len(set.union(*owners.values())) == len(owners)
 
 
 @needs_crds
@@ -271,8 +286,13 @@ def test_what_the_operator_would_refuse_is_caught(
 
 
 def test_the_bases_describe_one_cluster() -> None:
+    """But for the name of its config."""
+    bases = {"train": "config", "interactive": "interactive", "evaluation": "evaluation"}
     clusters = [
-        cluster_of(of_ray(render(KUBERAY / "base" / name))) for name in ("train", "interactive", "evaluation")
+        json.dumps(cluster_of(of_ray(render(KUBERAY / "base" / name)))).replace(
+            f"ray-prefopt-{config}", "config"
+        )
+        for name, config in bases.items()
     ]
     assert clusters[0] == clusters[1] == clusters[2]
 
