@@ -1,5 +1,6 @@
 """Runs as jobs of a real Ray head with its job server on this machine, asked for with a token."""
 
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from ray_prefopt.settings import load_config
 from tests.integration.conftest import Toy
 from tests.kustomize import render
 
@@ -33,10 +35,13 @@ class Head:
     address: str
 
     def call(self, *words: str, token: str = TOKEN, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "ray_prefopt", words[0], "--address", self.address, *words[1:]],
             cwd=ROOT, env=environment(token), capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
+        if words[0] != "status":  # `pytest -s` shows it
+            sys.stdout.write(f"$ ray-prefopt {' '.join(words)}\n{done.stdout}{done.stderr}\n")
+        return done
 
     def result(self, *words: str) -> dict[str, str]:
         done = self.call(words[0], "--json", *words[1:])
@@ -166,6 +171,41 @@ def test_the_smoke_job_of_kubernetes_runs(head: Head, tmp_path: Path) -> None:
     assert result["steps"] == 21
     assert result["metrics"]["eval_rewards/accuracies"] > 0.5
     assert (folder / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.soak
+def test_the_search_of_kubernetes_runs(head: Head, toy: Toy, tmp_path: Path) -> None:
+    """The very entrypoint and config of the overlay, with a toy's model and pairs, and flags that make it small."""
+    objects = render(ROOT / "cluster" / "kuberay" / "overlays" / "tune")
+    (entrypoint,) = (item["spec"]["entrypoint"] for item in objects if item["kind"] == "RayJob")
+    (text,) = (item["data"]["run.yaml"] for item in objects if item["kind"] == "ConfigMap")
+    places = {
+        "Qwen/Qwen2.5-0.5B-Instruct": str(toy.folder / "model"),
+        "HuggingFaceH4/ultrafeedback_binarized:train_prefs": str(toy.folder / "train.jsonl"),
+        "HuggingFaceH4/ultrafeedback_binarized:test_prefs": str(toy.folder / "eval.jsonl"),
+        "/runs": str(tmp_path / "runs"),
+    }
+    for place, here in places.items():
+        assert place in text
+        text = text.replace(place, here)
+    (tmp_path / "run.yaml").write_text(text)
+    program, *words = entrypoint.replace("/etc/ray-prefopt", str(tmp_path)).split()
+    assert program == "ray-prefopt"
+    words += ["--run.use_gpu", "false", "--run.cpus_per_worker", "1", "--run.global_batch", "8"]
+    words += ["--data.max_length", "128", "--data.max_prompt_length", "64", "--search.trials", "3"]
+    done = head.call("submit", "--wait", "--", *words, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "simpo-search"
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["rank"] for row in rows) == ["1", "2", "3"]
+    assert (folder / "report.html").stat().st_size > 1_000_000
+    best = load_config([folder / "best_config.yaml"])
+    assert best.loss.beta == float(rows[0]["loss.beta"])
+    assert (folder / "best" / "model.safetensors").exists()
+    again = head.call("submit", "--wait", "--", *words)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout[again.stdout.rindex("\njob: ") :].count("simpo-search-2") == 1
 
 
 def write_wheel(folder: Path) -> Path:
