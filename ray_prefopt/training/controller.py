@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import ray._private.state
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import state as states
@@ -98,16 +98,20 @@ def cause(error: Any) -> str:
     """Why workers were lost, in a line: of several failures one of a process that died, since others follow from it."""
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
-        return _first_line(error)
+        return _line(error)
     own = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
     dead = [rank for rank, failure in own.items() if isinstance(failure, RayActorError)]
     rank = min(dead or own)
-    return f"rank {rank}: {_first_line(own[rank])}"
+    return f"rank {rank}: {_line(own[rank])}"
 
 
-def _first_line(error: Any) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return textwrap.shorten(line, LINE, placeholder=" ...")
+def _line(error: Any) -> str:
+    """The first line; of an actor's death, which Ray begins with a list of what the actor was, the one after it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("\t")] or [type(error).__name__]
+    line = told[1] if isinstance(error, ActorDiedError) and len(told) > 1 else told[0]
+    place = next((f" ({line.split()[1]})" for line in lines if line.startswith("\tip: ")), "")
+    return textwrap.shorten(line.rstrip("."), LINE, placeholder=" ...") + place
 
 
 class Trainer(TorchTrainer):
