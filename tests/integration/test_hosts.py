@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,12 @@ class Switch:
         self._name = f"prefopt-{secrets.token_hex(3)}"
         self.hosts: list[Host] = []
         ip("netns", "add", self._name)
-        ip("-n", self._name, "link", "add", "bridge", "type", "bridge")
-        ip("-n", self._name, "link", "set", "dev", "bridge", "up")
+        try:
+            ip("-n", self._name, "link", "add", "bridge", "type", "bridge")
+            ip("-n", self._name, "link", "set", "dev", "bridge", "up")
+        except AssertionError:
+            self.remove()
+            raise
 
     def add(self, name: str) -> Host:
         host = Host(
@@ -129,6 +133,12 @@ class Switch:
     def cut(self, host: Host) -> None:
         """As if its cable were drawn: nobody hears of it, and no connection is reset."""
         ip("-n", self._name, "link", "set", "dev", host.name, "down")
+
+    def part(self, hosts: Iterable[Host], *, apart: bool = True) -> None:
+        """Let these hosts reach all others but each other; or each other again."""
+        for host in hosts:
+            words = ["type", "bridge_slave", "isolated", "on" if apart else "off"]
+            ip("-n", self._name, "link", "set", "dev", host.name, *words)
 
     def remove(self) -> None:
         for host in self.hosts:
@@ -186,10 +196,18 @@ class Cluster:
         ray = str(Path(sys.executable).parent / "ray")
         return host.start("ray.log", ray, "start", "--block", "--disable-usage-stats", *words, *flags)
 
-    def train(self, name: str) -> subprocess.Popen[bytes]:
+    def train(self, name: str, *more: str) -> subprocess.Popen[bytes]:
         """The driver is on the head, as a RayJob's is; its output is `NAME.log` there."""
         words = ["train", "-c", str(self.folder / "run.yaml"), "--run.name", name]
-        words += ["--run.save_steps", "2", "--run.max_failures", "-1", "--run.resource_timeout_s", "120"]
+        words += [
+            "--run.save_steps",
+            "2",
+            "--run.max_failures",
+            "-1",
+            "--run.resource_timeout_s",
+            "120",
+            *more,
+        ]
         address = {"RAY_ADDRESS": f"{self.head.address}:6379"}
         return self.head.start(f"{name}.log", sys.executable, "-m", "ray_prefopt", *words, env=address)
 
@@ -204,13 +222,8 @@ class Cluster:
             return max((int(record["step"]) for record in records_of(self.run_folder(name))), default=0)
         return 0
 
-    def has_restarted(self) -> bool:
-        """Whether Ray Train has seen that a worker was lost."""
-        logs = (self.head.folder / "ray" / "session_latest" / "logs" / "train").glob("*sys-controller*.log")
-        return any("[FailurePolicy] RETRY" in log.read_text() for log in logs)
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="hosts"))  # short, for the names of Ray's sockets
     try:
@@ -224,60 +237,108 @@ def cluster() -> Iterator[Cluster]:
     here = text.replace("/opt/ray-prefopt", str(ROOT)).replace("/runs", str(folder / "runs"))
     (folder / "run.yaml").write_text(here)
     try:
-        yield Cluster(switch, spec, folder)
+        cluster = Cluster(switch, spec, folder)
+        cluster.start_head()
+        cluster.add_worker()
+        cluster.add_worker()
+        yield cluster
     finally:
         switch.remove()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_host_is_cut_off_and_another_joins(cluster: Cluster) -> None:
-    begun = time.monotonic()
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> str:
+    """The model of a run to which nothing happens."""
+    watch = Stopwatch(cluster, "undisturbed")
+    watch.finish()
+    watch.say("the undisturbed run is done")
+    return f"{cluster.run_folder('undisturbed')}/model"
 
-    def passed(what: str) -> float:
-        seconds = time.monotonic() - begun
-        sys.stdout.write(f"{seconds:6.1f} s  {what}\n")  # `pytest -s` shows it
+
+class Stopwatch:
+    """A run on the cluster, and what is seen of it, with the seconds since its start; `pytest -s` shows them."""
+
+    def __init__(self, cluster: Cluster, name: str, *flags: str) -> None:
+        self._cluster, self._name = cluster, name
+        self._begun = time.monotonic()
+        self._driver = cluster.train(name, *flags)
+
+    def say(self, what: str) -> float:
+        seconds = time.monotonic() - self._begun
+        sys.stdout.write(f"{seconds:6.1f} s  {what}\n")
         return seconds
 
-    def wait(name: str, driver: subprocess.Popen[bytes], condition: Callable[[], object]) -> None:
+    def wait(self, condition: Callable[[], object]) -> None:
         until = time.monotonic() + PATIENCE_S
         while not condition():
-            assert driver.poll() is None, cluster.output(name)
-            assert time.monotonic() < until, cluster.output(name)
+            assert self._driver.poll() is None, self._cluster.output(self._name)
+            assert time.monotonic() < until, self._cluster.output(self._name)
             time.sleep(0.05)
 
-    def finish(name: str, driver: subprocess.Popen[bytes]) -> None:
-        wait(name, driver, lambda: driver.poll() == 0)
+    def wait_for_step(self, step: int) -> None:
+        self.wait(lambda: self._cluster.step(self._name) >= step)
 
-    cluster.start_head()
-    cluster.add_worker()
-    lost = cluster.add_worker()
-    finish("undisturbed", cluster.train("undisturbed"))
-    passed("the undisturbed run is done")
+    def wait_for_words(self, words: str) -> str:
+        """Of the driver; returns what follows them on their line."""
+        self.wait(lambda: words in self._cluster.output(self._name))
+        return self._cluster.output(self._name).partition(words)[2].partition("\n")[0]
 
-    driver = cluster.train("cut")
-    wait("cut", driver, lambda: cluster.step("cut") > 0)
-    passed("the run takes its first steps")
-    wait("cut", driver, lambda: cluster.step("cut") >= 9)
+    def finish(self) -> None:
+        self.wait(lambda: self._driver.poll() == 0)
+
+
+def assert_undisturbed(cluster: Cluster, name: str, model: str) -> None:
+    """Each step was taken once, as far as the record goes, and the weights are those of the other run."""
+    steps = [record["step"] for record in records_of(cluster.run_folder(name)) if "loss" in record]
+    assert steps == list(range(1, STEPS + 1))
+    assert_same_weights(f"{cluster.run_folder(name)}/model", model)
+
+
+LOST = "workers were lost after step "
+AGAIN = "workers were started again: going on after step "
+
+
+def test_workers_that_do_not_hear_each_other(cluster: Cluster, undisturbed: str) -> None:
+    """Ray hears them all, so that the run's own limit is what ends their waiting."""
+    workers = cluster.switch.hosts[1:3]
+    run = Stopwatch(cluster, "apart", "--run.collective_timeout_s", "15")
+    run.wait_for_step(5)
+    cluster.switch.part(workers)
+    parted = run.say(f"no way between the workers after step {cluster.step('apart')} of {STEPS}")
+    why = run.wait_for_words(LOST)
+    noticed = run.say(f"lost after step {why}")
+    assert 14 < noticed - parted < 60
+    cluster.switch.part(workers, apart=False)
+    run.say("there is a way again")
+    step = int(run.wait_for_words(AGAIN))
+    run.say(f"the workers go on after step {step}")
+    run.finish()
+    run.say("the run is done")
+    assert step in range(2, STEPS, 2)
+    assert_undisturbed(cluster, "apart", undisturbed)
+
+
+def test_a_host_is_cut_off_and_another_joins(cluster: Cluster, undisturbed: str) -> None:
+    lost = cluster.switch.hosts[2]
+    run = Stopwatch(cluster, "cut")
+    run.wait_for_step(1)
+    run.say("the first steps")
+    run.wait_for_step(9)
     cluster.switch.cut(lost)
-    cut = passed(f"{lost.name} is cut off after step {cluster.step('cut')} of {STEPS}")
-    wait("cut", driver, cluster.has_restarted)
-    noticed = passed("Ray notices, and ends the workers that are left")
+    cut = run.say(f"{lost.name} is cut off after step {cluster.step('cut')} of {STEPS}")
+    why = run.wait_for_words(LOST)
+    noticed = run.say(f"lost after step {why}")
+    assert noticed - cut < 60
     # Its worker waits for the others, and hears of nothing; it hurts nobody.
     assert lost.has("RayTrainWorker")
     assert cluster.head.has("RunLog")
     joined = cluster.add_worker()
-    passed(f"{joined.name} is started")
-    restarted = "workers were started again: going on after step "
-    wait("cut", driver, lambda: restarted in cluster.output("cut"))
-    step = int(cluster.output("cut").partition(restarted)[2].split()[0])
-    passed(f"the workers go on after step {step}")
+    run.say(f"{joined.name} is started")
+    step = int(run.wait_for_words(AGAIN))
+    run.say(f"the workers go on after step {step}")
     assert joined.has("RayTrainWorker")
-    finish("cut", driver)
-    passed("the run is done")
-
-    assert noticed - cut < 60
+    run.finish()
+    run.say("the run is done")
     assert step in range(2, STEPS, 2)
-    steps = [record["step"] for record in records_of(cluster.run_folder("cut")) if "loss" in record]
-    assert steps == list(range(1, STEPS + 1))
-    models = [f"{cluster.run_folder(name)}/model" for name in ("cut", "undisturbed")]
-    assert_same_weights(*models)
+    assert_undisturbed(cluster, "cut", undisturbed)
