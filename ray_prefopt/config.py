@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -397,10 +397,14 @@ class RunConfig(Config):
     """With fewer pairs than global_batch, make a step of those there are; off: that is an error."""
     micro_batch: int = Field(4, ge=1)
     """Pairs per forward pass of a worker."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per forward pass of a worker, padding among them where there is any: as many pairs as fit, and a longer
+    one by itself. When given, micro_batch has no say."""
     auto_find_batch_size: bool = False
-    """Where a worker runs out of memory, go on with half the micro_batch; the global batch stays as it is."""
+    """Where a worker runs out of memory, go on with half the micro_batch, or micro_batch_tokens; the global batch stays
+    as it is."""
     eval_micro_batch: int | None = Field(None, ge=1)
-    """Pairs per forward pass of an evaluation; micro_batch when not given."""
+    """Pairs per forward pass of an evaluation; as in training when not given."""
     epochs: int | float = Field(1, gt=0)
     """Times that every pair is seen; 1.5 sees the first half of the second epoch's order."""
     max_steps: int | None = Field(None, ge=1)
@@ -478,6 +482,12 @@ class RunConfig(Config):
         """Whether the number of workers may change in the course of a run."""
         return self.min_workers < self.max_workers
 
+    @property
+    def micro_batch_text(self) -> str:
+        """What bounds a micro-batch: `run.micro_batch 4`, or `run.micro_batch_tokens 8192`."""
+        tokens = self.micro_batch_tokens
+        return f"run.micro_batch {self.micro_batch}" if tokens is None else f"run.micro_batch_tokens {tokens}"
+
     def is_lower_better(self, metric: str) -> bool:
         """Whether the smallest value of this metric is the best."""
         return self.best_mode == "min" or (self.best_mode is None and metric.endswith("loss"))
@@ -506,3 +516,14 @@ class TrainConfig(Config):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+
+    @field_validator("run")
+    @classmethod
+    def _averages_over_as_many_pairs(cls, run: RunConfig, others: ValidationInfo) -> RunConfig:
+        loss: _Loss | None = others.data.get("loss")
+        if run.micro_batch_tokens is not None and loss is not None and loss.nll_average == "micro_batch":
+            raise ValueError(
+                "micro_batch_tokens makes micro-batches of any number of pairs, and loss.nll_average: micro_batch gives "
+                "them means of their own; leave one of them out"
+            )
+        return run

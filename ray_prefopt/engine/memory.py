@@ -92,14 +92,15 @@ def estimate(
     world_size: int = 1,
     is_half: bool = True,
     checkpointing: bool = False,
+    chunked_head: bool = True,
     offload_optimizer: bool = False,
     offload_param: bool = False,
     device: Literal["cpu", "cuda"] = "cuda",
 ) -> MemoryEstimate:
     """The peak of a step of several micro-batches with AdamW.
 
-    `tokens` are those of a micro-batch that are computed, `scored` those of them that predict completion tokens;
-    `zero_stage` is None for the plain engine.
+    `tokens` are those of a micro-batch that are computed, `scored` the completion tokens among them; `zero_stage` is
+    None for the plain engine. Without `chunked_head`, and in stage 3, all logits of a micro-batch are there at once.
     """
     stage = zero_stage or 0
     precision: Precision = "single" if not is_half else "half" if stage else "autocast"
@@ -110,7 +111,8 @@ def estimate(
         gradients += HALF * trained  # as they come, before they are added up
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
-    if reduction and stage < 3:
+    chunked_head = chunked_head and stage < 3
+    if reduction and chunked_head:
         reduction += SINGLE * min(
             scored * size.vocabulary, head.CHUNK_ELEMENTS[device]
         )  # the buffer of logits stays
@@ -126,7 +128,7 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         activations=activation_bytes(size, tokens, precision, checkpointing=checkpointing),
-        head=_head_bytes(size, scored, stage, is_half=is_half, device=device),
+        head=_head_bytes(size, scored, chunked=chunked_head, is_half=is_half, device=device),
         working=working,
         reduction=reduction,
         host=host,
@@ -163,10 +165,10 @@ def _width(precision: Precision) -> int:
     return HALF if precision == "half" else SINGLE
 
 
-def _head_bytes(size: ModelSize, scored: int, stage: int, *, is_half: bool, device: str) -> int:
-    """One pass in chunks, with the gradient of its weights in fp32; stage 3 has all logits, and their softmax."""
+def _head_bytes(size: ModelSize, scored: int, *, chunked: bool, is_half: bool, device: str) -> int:
+    """One pass in chunks, with the gradient of its weights in fp32; otherwise all logits, and their softmax."""
     logits = scored * size.vocabulary
-    if stage == 3:
+    if not chunked:
         return 2 * (HALF if is_half else SINGLE) * logits + 2 * SINGLE * min(logits, logps.CHUNK_ELEMENTS)
     copies = 2 * HALF if is_half else 0
     gradient = SINGLE * size.vocabulary * size.hidden if size.trainable is None else 0

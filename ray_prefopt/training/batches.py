@@ -68,12 +68,17 @@ class Batching:
             )
         ]
 
+    def count(self, ids: Ids, world_size: int) -> int:
+        """Micro-batches that each of so many ranks has in a step of these pairs."""
+        sizes = self.costs.of(self.blocks.lengths.take(ids))
+        return cut(sizes, self.limit, world_size, in_order=self.in_order)[1] // world_size
+
     def largest(self, plan: Plan, world_size: int) -> tuple[int, int]:
         """Tokens, and scored ones, of the micro-batch with the most tokens.
 
         In a hundred steps of the first epoch, or of the longest pair by itself.
         """
-        longest = np.array([self.blocks.total_lengths.argmax()])
+        longest = self.blocks.total_lengths.argmax(0, keepdims=True)
         steps = min(plan.total_steps, plan.steps_per_epoch)
         sampled = np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))
         found = []
@@ -84,16 +89,25 @@ class Batching:
         return max(found)
 
 
+def longest(blocks: Blocks, costs: Costs) -> int:
+    """Tokens of the longest pair by itself."""
+    return int(costs.of(blocks.lengths.take(blocks.total_lengths.argmax(0, keepdims=True))).tokens[0])
+
+
 def batching_of(blocks: Blocks, config: TrainConfig, costs: Costs) -> Batching:
     """That of training."""
     run = config.run
-    return Batching(blocks, costs, Limit(run.micro_batch), in_order=not config.data.shuffle)
+    return Batching(
+        blocks, costs, Limit(run.micro_batch, run.micro_batch_tokens), in_order=not config.data.shuffle
+    )
 
 
 def eval_batching(blocks: Blocks, config: TrainConfig, costs: Costs) -> Batching:
     """That of an evaluation."""
     run = config.run
-    return Batching(blocks, costs, Limit(run.eval_micro_batch or run.micro_batch))
+    if run.eval_micro_batch is not None:
+        return Batching(blocks, costs, Limit(run.eval_micro_batch))
+    return Batching(blocks, costs, Limit(run.micro_batch, run.micro_batch_tokens))
 
 
 def step_inputs(

@@ -10,6 +10,7 @@ import ray
 import ray.exceptions
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from rich.filesize import decimal
 
 from ray_prefopt.errors import PrefoptError
 from ray_prefopt.training.board import Board
@@ -67,6 +68,7 @@ class RunLog:
         self._events: list[Event] = []
         self._gauges = Gauges(self._folder.rstrip("/").rsplit("/", 1)[-1])
         self._workers = self._step = self._saved_step = 0
+        self._memory: dict[str, int] = {}
         self._board: Board | None = None
         self._controller: Any = None
         self._fatal: PrefoptError | None = None
@@ -104,6 +106,20 @@ class RunLog:
     def measured(self, rank: int, values: dict[str, float]) -> None:
         """What `rank` has found about itself, such as `data_wait`."""
         self._gauges.show(values, rank)
+
+    def needed(self, memory: int) -> None:
+        """So many bytes were used at the peak by the worker that used most."""
+        self._memory["seen"] = memory
+
+    def compare_memory(self, estimated: int) -> None:
+        """Say how far what was seen is from what was expected, where it was seen."""
+        self._memory["estimated"] = estimated
+        if "seen" in self._memory:
+            seen = decimal(self._memory["seen"])
+            self.note(f"memory: {seen} seen, {decimal(estimated)} estimated")
+
+    def memory(self) -> dict[str, int]:
+        return self._memory
 
     def saved(self, path: str, step: int) -> None:
         self.flush()

@@ -60,6 +60,7 @@ from ray_prefopt.training.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from ray_prefopt.training.footprint import Peak
 from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.metrics import METRICS, MetricSums
 from ray_prefopt.training.predictions import Evaluation, Predictions, computed
@@ -102,6 +103,8 @@ class Reports:
     report: Callable[[Record], None]
     """To Ray Train, by all ranks: a barrier."""
     returned: Callable[[Returned], None] = lambda _: None
+    needed: Callable[[int], None] = lambda _: None
+    """Memory, in bytes, of the rank that needed most."""
     samples: Callable[[list[Sample]], None] = lambda _: None
     note: Callable[[str], None] = lambda _: None
     step_begins: Callable[[int], None] = lambda _: None
@@ -118,14 +121,17 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     assert job.train_blocks is not None
     blocks = open_blocks(job.train_blocks)
     plan = make_plan(config, blocks)
+    peak = Peak(device)
     engine = _engine_at(job, plan.total_steps, device, checkpoint)
     training = _Training(job, reports, engine, plan, blocks, checkpoint)
     try:
-        return training.run()
+        state = training.run()
+        reports.needed(max(ranks.all_gather(peak.read())))
+        return state
     except RuntimeError as error:
         if config.run.auto_find_batch_size and should_reduce_batch_size(error):
             raise OutOfMemoryError(
-                f"out of memory with run.micro_batch {config.run.micro_batch}: {first_line(error)}"
+                f"out of memory with {config.run.micro_batch_text}: {first_line(error)}"
             ) from error
         raise
 

@@ -30,6 +30,7 @@ def train(job: Job, log: Any) -> None:
         note=on_rank_0(log.note.remote),
         report=ray.train.report,
         samples=on_rank_0(log.sampled.remote),
+        needed=on_rank_0(lambda memory: ray.get(log.needed.remote(memory))),
         returned=on_rank_0(lambda returned: ray.get(log.returned.remote(returned))),
         step_begins=place.at,
         measured=lambda values: log.measured.remote(rank, values),

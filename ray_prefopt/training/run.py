@@ -5,28 +5,27 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 from fsspec.core import url_to_fs
-from rich.filesize import decimal
-from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
+from transformers import EvalPrediction, PretrainedConfig
 
 from ray_prefopt.config import ModelConfig, Source, TrainConfig
+from ray_prefopt.data.balance import Costs, Layout
 from ray_prefopt.data.blocks import Blocks, open_blocks
+from ray_prefopt.data.plan import Plan
 from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.engine.ds_config import build_ds_config
-from ray_prefopt.engine.memory import ModelSize, estimate
 from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
-from ray_prefopt.model.adapters import attach_lora
-from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture, model_class
+from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.training.batches import Batching, batching_of, longest
 from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
     Checkpoint,
@@ -40,6 +39,7 @@ from ray_prefopt.training.checkpoint import (
 )
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export
+from ray_prefopt.training.footprint import Footprint, Outline, footprint
 from ray_prefopt.training.hooks import Hooks, check_portable
 from ray_prefopt.training.log import Event, closing_log
 from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
@@ -76,6 +76,8 @@ class TrainResult:
     """The one with the best run.best_metric; the last one when nothing was evaluated."""
     model: str | None
     """Hugging Face folder of the last checkpoint."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes of the worker that needed most: `seen`, and `estimated` where there is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def train(
     CheckpointError before any worker starts, NonFiniteError and TrainingError later.
     """
     config = resolved(config)
-    _check(config, hooks)
+    architecture = _check(config, hooks)
     folder = run_folder(config)
     if not config.run.force_new:
         config = _with_found_micro_batch(config, folder)
@@ -122,32 +124,56 @@ def train(
         if newest is not None:
             newest.check_resumable()
         with Display(log, total_steps, observer), closing_log(log):
-            job = _train_within_memory(job, log)
+            job = _train_within_memory(job, architecture, train_blocks, log)
         _give_back(hooks, log)
-    return _finish(job, ray.get(log.records.remote()))
+    return _finish(job, ray.get(log.records.remote()), ray.get(log.memory.remote()))
 
 
-def _train_within_memory(job: Job, log: Any) -> Job:
-    """Run the workers to the end, with ever smaller micro-batches where run.auto_find_batch_size asks for it."""
+def _train_within_memory(job: Job, architecture: PretrainedConfig, blocks: Blocks, log: Any) -> Job:
+    """Run the workers to the end, with ever smaller micro-batches where run.auto_find_batch_size asks for it.
+
+    The log is told how much memory a worker should need, and then how much it did.
+    """
     while True:
+        expected = _expected(job.config, architecture, blocks)
+        if expected is not None:
+            ray.get(log.note.remote(f"memory: {expected}"))
         try:
             run_training(job, log)
-            return job
         except OutOfMemoryError as error:
-            config = _with_half_the_micro_batch(job.config)
-            ray.get(log.try_again.remote(f"{error}; going on with {config.run.micro_batch}"))
+            config = _with_half_the_micro_batch(job.config, blocks)
+            size = config.run.micro_batch_tokens or config.run.micro_batch
+            ray.get(log.try_again.remote(f"{error}; going on with {size}"))
             _write_config(config, job.folder)
             job = replace(job, config=config)
+            continue
+        if expected is not None:
+            ray.get(log.compare_memory.remote(expected.estimate.device))
+        return job
 
 
-def _with_half_the_micro_batch(config: TrainConfig) -> TrainConfig:
-    run = config.run
-    if run.micro_batch == 1:
+def _expected(config: TrainConfig, architecture: PretrainedConfig, blocks: Blocks) -> Footprint | None:
+    """What a worker should need. Never a reason to fail: not every model can be made on no device."""
+    with suppress(Exception):
+        outline = Outline.of(config, architecture)
+        return footprint(config, outline, _pairs(config, blocks, outline), config.run.min_workers)
+    return None
+
+
+def _with_half_the_micro_batch(config: TrainConfig, blocks: Blocks) -> TrainConfig:
+    """Raises OutOfMemoryError when the largest micro-batch is a single pair already."""
+    run, tokens = config.run, config.run.micro_batch_tokens
+    if tokens is None:
+        is_single, half = run.micro_batch == 1, {"micro_batch": run.micro_batch // 2}
+    else:
+        layout: Layout = "padded" if config.model.layout == "padded" else "packed"
+        is_single, half = tokens <= longest(blocks, Costs(layout)), {"micro_batch_tokens": tokens // 2}
+    if is_single:
+        pair = "too" if tokens is None else "too, which the longest pair has by itself"
         raise OutOfMemoryError(
-            "out of memory with run.micro_batch 1 too: set model.gradient_checkpointing, engine.zero_stage 3 or a "
-            "smaller data.max_length, or give the workers more memory"
+            f"out of memory with {run.micro_batch_text} {pair}: set model.gradient_checkpointing, engine.zero_stage 3 "
+            "or a smaller data.max_length, or give the workers more memory"
         )
-    half = {"micro_batch": run.micro_batch // 2}
     if run.eval_micro_batch is not None:
         half["eval_micro_batch"] = max(run.eval_micro_batch // 2, 1)
     return config.model_copy(update={"run": run.model_copy(update=half)})
@@ -159,9 +185,11 @@ def _with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:
         return config
     fs, path = url_to_fs(folder)
     found = json.loads(fs.cat_file(f"{path}/config.json"))["run"]
-    if not found.get("auto_find_batch_size") or found["micro_batch"] >= config.run.micro_batch:
+    given = config.run.model_dump()
+    name = "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens"
+    if not found.get("auto_find_batch_size") or (found.get(name) or given[name]) >= given[name]:
         return config
-    sizes = {name: found[name] for name in ("micro_batch", "eval_micro_batch")}
+    sizes = {name: found[name] for name in (name, "eval_micro_batch")}
     return config.model_copy(update={"run": config.run.model_copy(update=sizes)})
 
 
@@ -236,12 +264,9 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     config = resolved(config)
     architecture = _check(config)
     run, data, engine = config.run, config.data, config.engine
-    with torch.device("meta"):
-        model = model_class(architecture).from_config(
-            architecture, trust_remote_code=config.model.trust_remote_code
-        )
+    outline = Outline.of(config, architecture)
     plan: dict[str, Any] = {
-        "model": _describe_model(config.model, architecture, model.num_parameters()),
+        "model": _describe_model(config.model, architecture, outline.parameters),
         "pairs": {
             name or "eval": _describe_pairs(config, sources)
             for name, sources in {"train": data.train_sources, **data.eval_sets}.items()
@@ -251,13 +276,21 @@ def describe(config: TrainConfig) -> dict[str, Any]:
             "number": run.workers_text if run.is_elastic else run.max_workers,
             "each": f"{run.cpus_per_worker} CPU" + (", 1 GPU" if run.use_gpu else ""),
             "engine": f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain",
-            **(_describe_memory(config, architecture, model) if data.train_sources else {}),
         },
     }
     if data.train_sources:
+        blocks = find_blocks(data, config.model, data.train_sources, run.storage_path)
+        pairs = _pairs(config, blocks, outline) if blocks else None
+        if (expected := footprint(config, outline, pairs, run.min_workers)) is not None:
+            plan["workers"]["memory"] = str(expected)
         unnamed = {"folder": f"{run.storage_path}/{config.loss.kind}-DATE-TIME"}
-        plan["run"] = _describe_run(config) | ({} if is_named else unnamed)
+        plan["run"] = _describe_run(config, pairs) | ({} if is_named else unnamed)
     return plan
+
+
+def _pairs(config: TrainConfig, blocks: Blocks, outline: Outline) -> tuple[Batching, Plan]:
+    """Those of training: how they become micro-batches, and steps."""
+    return batching_of(blocks, config, outline.costs), make_plan(config, blocks)
 
 
 # --- Parts of a plan ---
@@ -278,53 +311,6 @@ def _describe_trained(config: ModelConfig) -> str:
     return f"LoRA adapters of rank {config.lora.r}" if config.lora else f"the LoRA adapter {config.adapter}"
 
 
-def _describe_memory(
-    config: TrainConfig, architecture: PretrainedConfig, model: PreTrainedModel
-) -> dict[str, str]:
-    """Of each worker at the peak of a step; nothing where `engine.memory` has no estimate. `model` is on no device."""
-    given, run, engine = config.model, config.run, config.engine
-    if given.quantization or given.adapter or architecture.is_encoder_decoder:
-        return {}
-    parameters, trainable = model.num_parameters(), None
-    if given.lora is not None:
-        with torch.device("meta"):
-            weights = attach_lora(model, given.lora, seed=0).parameters()
-        trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
-    size = ModelSize.of(architecture.get_text_config(), parameters, trainable)
-    if size is None:
-        return {}
-    tokens, scored = _largest_micro_batch(config)
-    found = estimate(
-        size,
-        tokens=tokens,
-        scored=scored,
-        zero_stage=engine.zero_stage if engine.kind == "zero" else None,
-        world_size=run.min_workers,  # the fewer share the model, the more has each
-        is_half=compute_dtype(given, architecture) != torch.float32,
-        checkpointing=given.gradient_checkpointing,
-        offload_optimizer=engine.offload_optimizer != "none",
-        offload_param=engine.offload_param != "none",
-        device="cuda" if run.use_gpu else "cpu",
-    )
-    total, activations = decimal(found.device), decimal(found.activations)
-    host = f"; {decimal(found.host)} of the host" if found.host else ""
-    return {"memory": f"about {total}, of which {activations} for {tokens:,} tokens at once{host}"}
-
-
-def _largest_micro_batch(config: TrainConfig) -> tuple[int, int]:
-    """Tokens, and scored ones, of the longest pairs; as long as they may be while they are not prepared."""
-    data, run = config.data, config.run
-    blocks = find_blocks(data, config.model, data.train_sources, run.storage_path)
-    if blocks is None:
-        return 2 * data.max_length * run.micro_batch, 2 * data.max_length * run.micro_batch
-    lengths = blocks.lengths
-    is_packed = config.model.layout != "padded"
-    shared = np.minimum(lengths.chosen_start, lengths.rejected_start) if is_packed else 0
-    longest = np.argsort(shared - blocks.total_lengths)[: run.micro_batch]
-    scored = blocks.chosen_lengths + blocks.rejected_lengths
-    return int((blocks.total_lengths - shared)[longest].sum()), int(scored[longest].sum())
-
-
 def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str, Any]:
     blocks = find_blocks(config.data, config.model, sources, config.run.storage_path)
     if blocks is None:
@@ -337,12 +323,16 @@ def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str,
     }
 
 
-def _describe_run(config: TrainConfig) -> dict[str, Any]:
+def _describe_run(config: TrainConfig, pairs: tuple[Batching, Plan] | None) -> dict[str, Any]:
     run = config.run
     folder = run_folder(config)
-    blocks = find_blocks(config.data, config.model, config.data.train_sources, run.storage_path)
-    total_steps = make_plan(config, blocks).total_steps if blocks else run.max_steps
-    state = "new"
+    total_steps, micro_batches = run.max_steps, None
+    if pairs is not None:
+        batching, plan = pairs
+        total_steps, micro_batches = plan.total_steps, batching.count(plan.step_ids(0), run.max_workers)
+    elif run.micro_batch_tokens is None:
+        micro_batches = math.ceil(run.global_batch / (run.max_workers * run.micro_batch))
+    unknown, state = "known when the pairs are prepared", "new"
     if not run.force_new:
         _refuse_other_config(config, folder)
         found = latest_checkpoint(f"{folder}/checkpoints", on_bad=run.on_bad_checkpoint, verify="sizes")
@@ -351,9 +341,9 @@ def _describe_run(config: TrainConfig) -> dict[str, Any]:
     return {
         "folder": folder,
         "state": state,
-        "steps": total_steps or "known when the pairs are prepared",
+        "steps": total_steps or unknown,
         "pairs_per_step": run.global_batch,
-        "micro_batches_per_step": math.ceil(run.global_batch / (run.max_workers * run.micro_batch)),
+        "micro_batches_per_step": micro_batches or unknown,
     }
 
 
@@ -396,7 +386,8 @@ def _refuse_other_config(config: TrainConfig, folder: str) -> None:
     if not has_checkpoints(f"{folder}/checkpoints"):
         return
     fs, path = url_to_fs(folder)
-    may_change = MAY_CHANGE | ({"micro_batch"} if config.run.auto_find_batch_size else set())
+    sizes = {"micro_batch", "micro_batch_tokens"}
+    may_change = MAY_CHANGE | (sizes if config.run.auto_find_batch_size else set())
     old, new = json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
     differing = _differences(old, new, may_change)
     if differing:
@@ -498,7 +489,7 @@ def _finished(folder: str, *, export: bool) -> TrainResult | None:
     return result if all(fs.exists(url_to_fs(item)[1]) for item in wanted) else None
 
 
-def _finish(job: Job, records: Sequence[Record]) -> TrainResult:
+def _finish(job: Job, records: Sequence[Record], memory: dict[str, int]) -> TrainResult:
     """Export the last checkpoint and write result.json."""
     run = job.config.run
     checkpoint = _newest(job)
@@ -513,6 +504,7 @@ def _finish(job: Job, records: Sequence[Record]) -> TrainResult:
         checkpoint=checkpoint.path,
         best_checkpoint=best or checkpoint.path,
         model=export(checkpoint.path, f"{job.folder}/model") if run.export else None,
+        memory=memory,
     )
     fs, path = url_to_fs(job.folder)
     write_text(fs, f"{path}/result.json", json.dumps(asdict(result), indent=1))

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.data.collate import pack
+from ray_prefopt.data.collate import collate, pack
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.memory import MemoryEstimate, ModelSize, estimate
 from ray_prefopt.training.loop import Job, Record, Reports, train_worker
@@ -49,6 +49,7 @@ class Case:
     dtype: str = "float32"
     checkpointing: bool = False
     lora: bool = False
+    layout: str = "packed"
     pairs: int = 4
     model: Mapping[str, int] = field(default_factory=lambda: SMALL)
 
@@ -63,6 +64,7 @@ class Case:
                     "tokenizer": str(ROOT / "examples" / "tokenizer"),
                     "dtype": self.dtype,
                     "gradient_checkpointing": self.checkpointing,
+                    "layout": self.layout,
                     **({"lora": {"r": 16}} if self.lora else {}),
                 },
                 "data": {"train": "unread"},
@@ -84,6 +86,8 @@ CASES = [
     Case("plain, 1 rank, 16 pairs, checkpointing", pairs=16, checkpointing=True),
     Case("plain, 1 rank, vocabulary of 65536", model=SMALL | {"vocab_size": 65536}),
     Case("plain, 1 rank, LoRA", lora=True),
+    Case("plain, 1 rank, padded", layout="padded"),
+    Case("plain, 1 rank, padded, vocabulary of 65536", layout="padded", model=SMALL | {"vocab_size": 65536}),
     *(
         Case(f"ZeRO {stage}, 2 ranks{', checkpointing' if again else ''}", 2, stage, checkpointing=again)
         for stage in range(4)
@@ -158,11 +162,14 @@ def measure(case: Case, folder: Path) -> Measured:
 
 
 def expected(case: Case) -> MemoryEstimate:
-    batch = pack([_pair(index, case.model["vocab_size"]) for index in range(case.pairs)])
+    pairs = [_pair(index, case.model["vocab_size"]) for index in range(case.pairs)]
+    packed, padded = pack(pairs), collate(pairs, pad_id=0)
+    is_packed = case.layout == "packed"
     return estimate(
         size_of(case),
-        tokens=batch.num_tokens,
-        scored=len(batch.predicts_U),
+        tokens=packed.num_tokens if is_packed else padded.num_tokens,
+        scored=len(packed.predicts_U if is_packed else padded.targets_S),
+        chunked_head=is_packed,
         zero_stage=case.stage,
         world_size=case.ranks,
         is_half=case.dtype != "float32",

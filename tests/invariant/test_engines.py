@@ -18,11 +18,15 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "micro-batch 1": {"run": {"micro_batch": 1}},
     "micro-batch 8": {"run": {"micro_batch": 8}},
+    "150 tokens": {"run": {"micro_batch_tokens": 150}},
+    "40 tokens": {"run": {"micro_batch_tokens": 40}},
+    "150 tokens, padded": {"run": {"micro_batch_tokens": 150}, "model": {"layout": "padded"}},
     "zero 0": {"engine": "zero0"},
     "zero 1": {"engine": "zero1"},
     "zero 2": {"engine": "zero2"},
     "zero 3": {"engine": "zero3"},
     "zero 2, micro-batch 8": {"engine": "zero2", "run": {"micro_batch": 8}},
+    "zero 3, 150 tokens": {"engine": "zero3", "run": {"micro_batch_tokens": 150}},
     "zero 2, recomputed": {"engine": "zero2", "model": {"gradient_checkpointing": True}},
     "zero 3, recomputed": {"engine": "zero3", "model": {"gradient_checkpointing": True}},
 }
@@ -37,7 +41,7 @@ HALF = {
 }
 FP16 = ("plain", "zero 0")
 """Without a GPU, DeepSpeed refuses the other stages."""
-FEW = ("plain", "zero 1", "zero 2", "zero 3")
+FEW = ("plain", "150 tokens", "zero 1", "zero 2", "zero 3")
 
 
 def _configs(inputs: Inputs, world_size: int) -> dict[str, Any]:

@@ -17,13 +17,17 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_prefopt.config import TrainConfig
+from ray_prefopt.data.balance import Costs, Limit
 from ray_prefopt.data.blocks import open_blocks
+from ray_prefopt.data.plan import Order, Plan
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine import memory
 from ray_prefopt.engine.memory import ModelSize, activation_bytes, estimate, layer_bytes
+from ray_prefopt.training.batches import Batching, longest
+from ray_prefopt.training.footprint import Outline, Peak, footprint
 from ray_prefopt.training.run import describe
 from tests.benchmarks.memory import CASES, MIB, Case, Measured, expected, row
-from tests.tiny import write_blocks
+from tests.tiny import tiny_config, write_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ModelSize(parameters=1000, hidden=4, layers=3, vocabulary=10, intermediate=8, key_value=2)
@@ -195,7 +199,10 @@ def test_what_is_offloaded_is_named(tmp_path: Path) -> None:
     assert text.endswith(" for 2,048 tokens at once; 1.2 MB of the host")
 
 
-def test_of_prepared_pairs_the_longest_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_prepared_pairs_the_largest_micro_batch_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt once, and no last tokens: 30 + 20 - 10 - 2, 10 + 12 - 4 - 2, and six of 5 + 5 - 2 - 2."""
     pairs = [
         TokenizedPair([1] * 10, [2] * 12, 4, 4),
         TokenizedPair([1] * 30, [2] * 20, 10, 10),
@@ -203,14 +210,83 @@ def test_of_prepared_pairs_the_longest_count(tmp_path: Path, monkeypatch: pytest
     ]
     blocks = open_blocks(write_blocks(tmp_path / "blocks", pairs))
     monkeypatch.setattr("ray_prefopt.training.run.find_blocks", lambda *_: blocks)
-    # The prompt once: 30 + 20 - 10, 10 + 12 - 4, and two of 5 + 5 - 2.
-    assert planned(tmp_path).endswith(" for 74 tokens at once")
-    assert planned(tmp_path, model={"layout": "padded"}).endswith(" for 92 tokens at once")
+    # Two micro-batches of four pairs: 38 with three of 6.
+    assert planned(tmp_path).endswith(" for 56 tokens at once")
+    # 38 and a 6, 16 and five of 6, since two workers have as many micro-batches.
+    assert planned(tmp_path, run={"micro_batch_tokens": 60}).endswith(" for 46 tokens at once")
+    assert planned(tmp_path, run={"micro_batch_tokens": 20}).endswith(" for 38 tokens at once")
+    # Eight rows as long as the longest.
+    assert planned(tmp_path, model={"layout": "padded"}).endswith(" for 240 tokens at once")
 
 
-def test_of_quantized_weights_nothing_is_said(tmp_path: Path) -> None:
-    from ray_prefopt.training import run
+def test_while_nothing_is_prepared_a_budget_is_full(tmp_path: Path) -> None:
+    assert planned(tmp_path, run={"micro_batch_tokens": 8192}).endswith(" for 8,192 tokens at once")
+    assert planned(tmp_path, run={"micro_batch_tokens": 100}).endswith(" for 512 tokens at once")
 
+
+def test_all_logits_at_once_where_they_are_not_made_in_chunks(tmp_path: Path) -> None:
+    """By hand: 50 logits and their gradient in half precision, and twice in fp32; else 50 in fp32, twice in half
+    precision, and the gradient of 10 x 4 weights."""
+    assert of(scored=5, chunked_head=False).head == 2 * 2 * 50 + 2 * 4 * 50
+    assert of(scored=5, zero_stage=3).head == of(scored=5, chunked_head=False, zero_stage=3).head == 600
+    assert of(scored=5).head == (4 + 2 * 2) * 50 + 4 * 40
+    size = ModelSize(148160, 64, 2, 512, 128, 64)
+    for layout, dtype in (("padded", "float32"), ("packed", "float16")):
+        found = estimate(
+            size, tokens=2048, scored=2048, zero_stage=0, world_size=2, is_half=dtype == "float16",
+            chunked_head=False, device="cpu",
+        )  # fmt: skip
+        text = planned(tmp_path, model={"layout": layout, "dtype": dtype}, engine={"zero_stage": 0})
+        assert text.startswith(f"about {found.device / 1e6:.1f} MB, ")
+
+
+def test_models_that_are_not_packed_are_known_beforehand(tmp_path: Path) -> None:
+    """BLOOM's positions are in its scores; a head under an adapter has its logits at once."""
+    config = TrainConfig.model_validate(
+        {
+            "model": {"path": "m", "dtype": "float32", "lora": {"r": 2, "target_modules": ["lm_head"]}},
+            "data": {"train": "t"},
+            "engine": {"kind": "plain"},
+        }
+    )
+    qwen, bloom = (
+        AutoConfig.for_model(**tiny_config()),
+        AutoConfig.for_model(**tiny_config("bloom", n_head=4)),
+    )
+    no_lora = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+    found = [Outline.of(*given) for given in ((config, qwen), (no_lora, qwen), (no_lora, bloom))]
+    assert [(outline.costs.layout, outline.has_chunked_head) for outline in found] == [
+        ("packed", False),
+        ("packed", True),
+        ("padded", False),
+    ]
+
+
+def test_without_tokens_of_all_steps_the_longest_pair_counts(tmp_path: Path) -> None:
+    """A hundred steps are looked at, of which none needs to hold the longest pair."""
+    pairs = [TokenizedPair([1] * 5, [2] * 5, 2, 2)] * 1000
+    pairs[777] = TokenizedPair([1] * 40, [2] * 40, 2, 2)
+    blocks = open_blocks(write_blocks(tmp_path, pairs, rows=1000))
+    plan = Plan(Order((1000,), seed=0), blocks.total_lengths, global_batch=2)
+    batching = Batching(blocks, Costs(), Limit(1))
+    assert batching.largest(plan, 1) == (76, 76)
+    assert longest(blocks, Costs("padded")) == 80
+
+
+def test_of_quantized_weights_nothing_is_said() -> None:
     given = {"path": "m", "quantization": {"load_in_4bit": True}, "lora": {}}
     config = TrainConfig.model_validate({"model": given, "data": {"train": "t"}})
-    assert run._describe_memory(config, SimpleNamespace(is_encoder_decoder=False), None) == {}  # type: ignore[arg-type]
+    outline = Outline(AutoConfig.for_model(**tiny_config()), 1000, 40, Costs(), True)
+    assert footprint(config, outline, None, 1) is None
+
+
+# --- What was seen ---
+
+
+def test_the_peak_is_above_what_there_was() -> None:
+    """64 MiB, written to and given back."""
+    peak = Peak(torch.device("cpu"))
+    before = peak.read()
+    torch.ones(2**24)
+    assert before < 2**24
+    assert 2**26 - 2**20 < peak.read() < 2**26 + 2**24

@@ -1,0 +1,133 @@
+"""How much memory the workers of a run need: what is expected before it, and what was seen in it."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.filesize import decimal
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.data.balance import Costs
+from ray_prefopt.data.plan import Plan
+from ray_prefopt.engine.memory import MemoryEstimate, ModelSize, estimate
+from ray_prefopt.model.adapters import attach_lora
+from ray_prefopt.model.layout import head_of, obstacle_of
+from ray_prefopt.model.load import compute_dtype, model_class
+from ray_prefopt.training.batches import Batching, costs_of, layout_of
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What of a model can be known before its weights are read."""
+
+    architecture: PretrainedConfig
+    parameters: int
+    trainable: int | None
+    """Weights that are trained; None: all."""
+    costs: Costs
+    has_chunked_head: bool
+    """Whether logits are made a chunk at a time."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, architecture: PretrainedConfig) -> "Outline":
+        """From a model on no device. What a probe of the workers would find out besides is taken for granted."""
+        given = config.model
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(architecture).from_config(
+                architecture, trust_remote_code=given.trust_remote_code
+            )
+            parameters, trainable = model.num_parameters(), None
+            if given.lora is not None:
+                adapted = attach_lora(model, given.lora, seed=0)
+                trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        is_packed = given.layout != "padded" and obstacle_of(model, given) is None
+        is_sharded = config.engine.kind == "zero" and config.engine.zero_stage == 3
+        is_fp16 = compute_dtype(given, architecture) == torch.float16
+        return cls(
+            architecture,
+            parameters,
+            trainable,
+            costs_of(architecture, layout_of(architecture, is_packed=is_packed)),
+            is_packed and not is_sharded and not is_fp16 and head_of(model) is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of a worker at the peak of a step."""
+
+    estimate: MemoryEstimate
+    tokens: int
+    """Of the largest micro-batch."""
+
+    def __str__(self) -> str:
+        """`about 2.1 GB, of which 1.2 GB for 2,048 tokens at once`."""
+        found = self.estimate
+        total, activations = decimal(found.device), decimal(found.activations)
+        host = f"; {decimal(found.host)} of the host" if found.host else ""
+        return f"about {total}, of which {activations} for {self.tokens:,} tokens at once{host}"
+
+
+def footprint(
+    config: TrainConfig, outline: Outline, pairs: tuple[Batching, Plan] | None, world_size: int
+) -> Footprint | None:
+    """What is to be expected; None where `engine.memory` has no estimate.
+
+    `pairs` are those of training; while they are not prepared, all are as long as they may be.
+    """
+    given, run, engine, architecture = config.model, config.run, config.engine, outline.architecture
+    if given.quantization or given.adapter or architecture.is_encoder_decoder:
+        return None
+    size = ModelSize.of(architecture.get_text_config(), outline.parameters, outline.trainable)
+    if size is None:
+        return None
+    if pairs is None:
+        longest = 2 * config.data.max_length
+        tokens = scored = max(run.micro_batch_tokens or longest * run.micro_batch, longest)
+    else:
+        batching, plan = pairs
+        tokens, scored = batching.largest(plan, world_size)
+    found = estimate(
+        size,
+        tokens=tokens,
+        scored=scored,
+        zero_stage=engine.zero_stage if engine.kind == "zero" else None,
+        world_size=world_size,
+        is_half=compute_dtype(given, architecture) != torch.float32,
+        checkpointing=given.gradient_checkpointing,
+        chunked_head=outline.has_chunked_head,
+        offload_optimizer=engine.offload_optimizer != "none",
+        offload_param=engine.offload_param != "none",
+        device="cuda" if run.use_gpu else "cpu",
+    )
+    return Footprint(found, tokens)
+
+
+class Peak:
+    """The most memory that tensors of this process took since then; without a GPU, that the process grew by."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        with suppress(OSError):  # then it is the most since the process began
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _resident("VmRSS")
+
+    def read(self) -> int:
+        """Bytes; 0 where nothing can be told."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return max(_resident("VmHWM") - self._before, 0)
+
+
+def _resident(name: str) -> int:
+    """A line of what Linux knows of this process, in bytes; 0 on other systems."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return 0
