@@ -100,8 +100,12 @@ def test_contradictions_are_refused(section: type, values: dict[str, Any], messa
 
 
 def test_micro_batches_of_any_size_have_no_means_of_their_own() -> None:
-    with pytest.raises(ValidationError, match=r"any number of pairs, and loss\.nll_average: micro_batch gives"):
-        TrainConfig(**MINIMAL, loss={"kind": "cpo", "nll_average": "micro_batch"}, run={"micro_batch_tokens": 9})
+    with pytest.raises(
+        ValidationError, match=r"any number of pairs, and loss\.nll_average: micro_batch gives"
+    ):
+        TrainConfig(
+            **MINIMAL, loss={"kind": "cpo", "nll_average": "micro_batch"}, run={"micro_batch_tokens": 9}
+        )
     config = TrainConfig(**MINIMAL, loss={"kind": "cpo"}, run={"micro_batch_tokens": 9})
     assert config.run.micro_batch_text == "run.micro_batch_tokens 9"
     assert TrainConfig(**MINIMAL).run.micro_batch_text == "run.micro_batch 4"
