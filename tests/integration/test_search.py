@@ -172,7 +172,7 @@ def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> N
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    ("field", "bad", "good"), [("optim.learning_rate", 1e-7, 1e-2), ("loss.beta", 1e-9, 2.0)]
+    ("field", "bad", "good"), [("optim.learning_rate", 1e-7, 1e-2), ("loss.beta", 1e-14, 2.0)]
 )
 def test_a_population_recovers_from_a_bad_start(
     field: str, bad: float, good: float, toy: Toy, tmp_path: Path, ray_local: None
@@ -216,23 +216,22 @@ def test_a_population_recovers_from_a_bad_start(
 def test_a_scheduler_lets_the_better_trials_go_on(
     scheduler: str, toy: Toy, tmp_path: Path, ray_local: None
 ) -> None:
-    """Of four rates the two that learn nothing end early, or are paused and gone on with from their checkpoints."""
-    points = [{"optim.learning_rate": rate} for rate in (1e-2, 2e-2, 1e-8, 2e-8)]
+    """Rates that learn nothing end early; of hyperband's brackets the first has two trials, which it leaves alone."""
+    points = [{"optim.learning_rate": rate} for rate in (1e-2, 2e-2, 3e-2, 1e-8, 2e-8)]
     search = SearchConfig.model_validate(
         {
             "space": {"optim.learning_rate": {"loguniform": [1e-8, 1e-1]}},
             "points": points,
-            "trials": 4,
+            "trials": len(points),
             "scheduler": scheduler,
-            "reduction_factor": 2,
         }
     )
-    result = tune(config(toy, tmp_path, eval_steps=0.25, epochs=4), search)
+    result = tune(config(toy, tmp_path, eval_steps=0.25, epochs=2), search)
     rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
     assert result.point["optim.learning_rate"] >= 1e-2
     assert result.value > 0.9
-    assert all(row["status"] in ("finished", "stopped") for row in rows.values())
-    assert min(rows["trial-002"]["progress"], rows["trial-003"]["progress"]) < 1
+    assert [rows[f"trial-00{number}"]["status"] for number in (0, 1, 2)] == ["finished"] * 3
+    assert [rows[f"trial-00{number}"]["status"] for number in (3, 4)] == ["stopped"] * 2
     for name in rows:
         steps = [record["step"] for record in records(tmp_path / "sweep" / name) if "loss" in record]
         assert steps == list(range(1, len(steps) + 1))
