@@ -74,3 +74,10 @@ def test_nodes_ask_for_the_token_and_the_head_takes_no_work(path: Path) -> None:
         node_types[config["head_node_type"]]["resources"]["CPU"] if node_types else given["head"]["num_cpus"]
     )
     assert cpus == 0
+
+
+def test_the_autoscaler_is_told_what_nodes_of_google_have() -> None:
+    """It adds none for a GPU that it does not know of; Amazon's types it looks up by itself."""
+    worker = load(ROOT / "cluster" / "vm" / "gcp.yaml")["available_node_types"]["workers"]
+    assert worker["node_config"]["machineType"] == f"g2-standard-{worker['resources']['CPU']}"
+    assert worker["resources"]["GPU"] == 4
