@@ -174,6 +174,7 @@ def test_the_smoke_job_of_kubernetes_runs(head: Head, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_the_search_of_kubernetes_runs(head: Head, toy: Toy, tmp_path: Path) -> None:
     """The very entrypoint and config of the overlay, with a toy's model and pairs, and flags that make it small."""
     objects = render(ROOT / "cluster" / "kuberay" / "overlays" / "tune")
@@ -203,7 +204,7 @@ def test_the_search_of_kubernetes_runs(head: Head, toy: Toy, tmp_path: Path) -> 
     best = load_config([folder / "best_config.yaml"])
     assert best.loss.beta == float(rows[0]["loss.beta"])
     assert (folder / "best" / "model.safetensors").exists()
-    again = head.call("submit", "--wait", "--", *words)
+    again = head.call("submit", "--wait", "--", *words, timeout=500)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout[again.stdout.rindex("\njob: ") :].count("simpo-search-2") == 1
 
