@@ -101,7 +101,7 @@ class Reports:
     saved: Callable[[Checkpoint], None]
     warn: Callable[[str], None]
     report: Callable[[Record], None]
-    """To Ray Train, by all ranks: a barrier."""
+    """To Ray Train, by all ranks, after each checkpoint but the last: a barrier, where their number may change."""
     returned: Callable[[Returned], None] = lambda _: None
     needed: Callable[[int], None] = lambda _: None
     """Memory, in bytes, of the rank that needed most."""
@@ -224,7 +224,6 @@ class _Training:
             self._state = replace(self._state, stopped=is_stopped)
             if control.should_save or is_stopped:
                 self._save()
-                self._reports.report(record)
 
     def _log(self, record: Record) -> None:
         self._reports.log(record)
@@ -277,6 +276,8 @@ class _Training:
         if state.best_step == state.step:
             self._callbacks.state.best_model_checkpoint = saved.path
         self._callbacks.call("on_save")
+        if state.step < self._plan.total_steps and not state.stopped:
+            self._reports.report({"step": state.step})
 
 
 def _save_weights(engine: Engine, folder: Path) -> None:
