@@ -523,7 +523,7 @@ class TrainConfig(Config):
         loss: _Loss | None = others.data.get("loss")
         if run.micro_batch_tokens is not None and loss is not None and loss.nll_average == "micro_batch":
             raise ValueError(
-                "micro_batch_tokens makes micro-batches of any number of pairs, and loss.nll_average: micro_batch gives "
-                "them means of their own; leave one of them out"
+                "micro_batch_tokens makes micro-batches of any number of pairs, and loss.nll_average: micro_batch "
+                "gives them means of their own; leave one of them out"
             )
         return run

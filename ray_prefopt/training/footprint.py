@@ -17,6 +17,9 @@ from ray_prefopt.model.layout import head_of, obstacle_of
 from ray_prefopt.model.load import compute_dtype, model_class
 from ray_prefopt.training.batches import Batching, costs_of, layout_of
 
+TELLING = 1 << 28
+"""Bytes of an estimate."""
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -61,6 +64,10 @@ class Footprint:
     estimate: MemoryEstimate
     tokens: int
     """Of the largest micro-batch."""
+
+    def is_telling(self, *, use_gpu: bool) -> bool:
+        """Whether what is seen can be compared: a process of its own grows by some 30 MB that are no tensors."""
+        return use_gpu or self.estimate.device > TELLING
 
     def __str__(self) -> str:
         """`about 2.1 GB, of which 1.2 GB for 2,048 tokens at once`."""

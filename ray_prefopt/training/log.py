@@ -111,10 +111,10 @@ class RunLog:
         """So many bytes were used at the peak by the worker that used most."""
         self._memory["seen"] = memory
 
-    def compare_memory(self, estimated: int) -> None:
-        """Say how far what was seen is from what was expected, where it was seen."""
+    def compare_memory(self, estimated: int, is_telling: bool) -> None:
+        """Say what was seen beside what was expected, where that tells something."""
         self._memory["estimated"] = estimated
-        if "seen" in self._memory:
+        if is_telling and "seen" in self._memory:
             seen = decimal(self._memory["seen"])
             self.note(f"memory: {seen} seen, {decimal(estimated)} estimated")
 

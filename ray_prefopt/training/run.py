@@ -148,7 +148,8 @@ def _train_within_memory(job: Job, architecture: PretrainedConfig, blocks: Block
             job = replace(job, config=config)
             continue
         if expected is not None:
-            ray.get(log.compare_memory.remote(expected.estimate.device))
+            is_telling = expected.is_telling(use_gpu=job.config.run.use_gpu)
+            ray.get(log.compare_memory.remote(expected.estimate.device, is_telling))
         return job
 
 

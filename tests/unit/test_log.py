@@ -54,6 +54,17 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return dict(found)
 
 
+def test_memory_that_was_seen_is_beside_what_was_expected(tmp_path: Path) -> None:
+    log = Log(str(tmp_path))
+    log.compare_memory(2_100_000_000, True)  # nothing was seen: another process had the run's last step
+    log.needed(1_900_000_000)
+    log.compare_memory(2_100_000_000, False)
+    assert log.events(0) == []
+    log.compare_memory(2_100_000_000, True)
+    assert log.events(0) == [("note", "memory: 1.9 GB seen, 2.1 GB estimated")]
+    assert log.memory() == {"seen": 1_900_000_000, "estimated": 2_100_000_000}
+
+
 def test_each_record_is_a_line_at_once(tmp_path: Path) -> None:
     log = run(tmp_path, 0, 3)
     assert lines(tmp_path) == [record(1), record(2), record(3)] == log.records()

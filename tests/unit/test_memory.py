@@ -24,7 +24,7 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine import memory
 from ray_prefopt.engine.memory import ModelSize, activation_bytes, estimate, layer_bytes
 from ray_prefopt.training.batches import Batching, longest
-from ray_prefopt.training.footprint import Outline, Peak, footprint
+from ray_prefopt.training.footprint import Footprint, Outline, Peak, footprint
 from ray_prefopt.training.run import describe
 from tests.benchmarks.memory import CASES, MIB, Case, Measured, expected, row
 from tests.tiny import tiny_config, write_blocks
@@ -281,6 +281,12 @@ def test_of_quantized_weights_nothing_is_said() -> None:
 
 
 # --- What was seen ---
+
+
+def test_of_a_small_model_without_a_gpu_nothing_can_be_seen(tmp_path: Path) -> None:
+    small, large = (Footprint(of(tokens=tokens), tokens) for tokens in (10, 10**6))
+    assert [found.is_telling(use_gpu=False) for found in (small, large)] == [False, True]
+    assert small.is_telling(use_gpu=True)
 
 
 def test_the_peak_is_above_what_there_was() -> None:
