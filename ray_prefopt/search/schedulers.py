@@ -25,7 +25,10 @@ def make_scheduler(space: Space, search: SearchConfig) -> schedulers.TrialSchedu
             **own, grace_period=1, max_t=whole, reduction_factor=search.reduction_factor
         )
     if search.scheduler == "hyperband":
-        return schedulers.HyperBandScheduler(**own, max_t=whole, reduction_factor=search.reduction_factor)
+        # The best of a bracket go to their end, where rounding would have it stop them a little before.
+        return schedulers.HyperBandScheduler(
+            **own, max_t=whole, reduction_factor=search.reduction_factor, stop_last_trials=False
+        )
     if search.scheduler == "median":
         # A trial that waits for others to compare with would have to be started again.
         return schedulers.MedianStoppingRule(**own, grace_period=1, min_time_slice=never)
