@@ -212,11 +212,14 @@ def test_a_population_recovers_from_a_bad_start(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+@pytest.mark.parametrize(("scheduler", "slots"), [("hyperband", 4), ("median", 1)])
 def test_a_scheduler_lets_the_better_trials_go_on(
-    scheduler: str, toy: Toy, tmp_path: Path, ray_local: None
+    scheduler: str, slots: int, toy: Toy, tmp_path: Path, ray_local: None
 ) -> None:
-    """Rates that learn nothing end early; of hyperband's brackets the first has two trials, which it leaves alone."""
+    """Rates that learn nothing end early.
+
+    The first of hyperband's brackets has two trials, which it leaves alone; the median is one of three trials or more.
+    """
     points = [{"optim.learning_rate": rate} for rate in (1e-2, 2e-2, 3e-2, 1e-8, 2e-8)]
     search = SearchConfig.model_validate(
         {
@@ -224,6 +227,7 @@ def test_a_scheduler_lets_the_better_trials_go_on(
             "points": points,
             "trials": len(points),
             "scheduler": scheduler,
+            "max_concurrent": slots,
         }
     )
     result = tune(config(toy, tmp_path, eval_steps=0.25, epochs=2), search)
