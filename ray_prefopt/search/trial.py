@@ -6,13 +6,10 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.exceptions
 import xxhash
 from fsspec.core import url_to_fs
 from ray.tune import Trainable
@@ -27,6 +24,7 @@ from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.log import Event
 from ray_prefopt.training.loop import Record, make_plan
 from ray_prefopt.training.run import NO_HOOKS, TrainResult, train
+from ray_prefopt.training.workers import stop
 
 POINTER = "run.json"
 EVALUATIONS = 0.1
@@ -133,8 +131,7 @@ class Trial(Trainable):
         begun = time.monotonic()
         while self._run is not None and self._work.is_alive() and time.monotonic() - begun < START_S:
             if self._controller is not None:
-                with suppress(ray.exceptions.RayActorError):  # it goes by its own hand
-                    ray.get(self._controller.abort.remote(), timeout=START_S)
+                stop(self._controller)
                 return
             time.sleep(0.2)
 

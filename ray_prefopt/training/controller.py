@@ -13,7 +13,6 @@ import ray._private.state
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -31,7 +30,8 @@ FIRST_S = 10.0
 """Workers that are not back by then are said to be waited for."""
 LINE = 200
 """Characters of a cause."""
-WAITING = (states.InitializingState, states.RestartingState, states.ReschedulingState)
+WAITING = ("INITIALIZING", "RESTARTING", "RESCHEDULING")
+"""States of Ray's controller; it has one of them for as long as it finds no room."""
 
 
 class Watch(ControllerCallback):
@@ -51,24 +51,20 @@ class Watch(ControllerCallback):
         self._log.controlled.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        was_running = isinstance(previous_state, states.RunningState | states.PreemptingState)
-        if isinstance(current_state, states.RunningState):
+        before, now = _name(previous_state), _name(current_state)
+        if now == "RUNNING":
             self._patience_s, self._waiting_since = self._run.restart_timeout_s, None
-        elif isinstance(current_state, states.SchedulingState):
-            tried: Any = current_state.scaling_decision
-            self._tried = tried.num_workers
-        elif isinstance(current_state, states.ResizingState):
-            decision: Any = current_state.scaling_decision
-            self._log.resizing.remote(decision.num_workers)
-        elif isinstance(current_state, states.PreemptingState) and not isinstance(
-            previous_state, states.PreemptingState
-        ):
+        elif now == "SCHEDULING":
+            self._tried = current_state.scaling_decision.num_workers
+        elif now == "RESIZING":
+            self._log.resizing.remote(current_state.scaling_decision.num_workers)
+        elif now == "PREEMPTING" and before != now:
             ranks = ", ".join(map(str, current_state.preemption_info.preempted_ranks))
             self._log.warn.remote(f"the nodes of ranks {ranks} are about to be taken away")
-        elif isinstance(current_state, WAITING):
-            if was_running:
-                self._log.lost.remote(cause(getattr(current_state, "training_failed_error", None)))
-            self._wait(is_again=type(previous_state) is type(current_state))
+        elif now in WAITING:
+            if before in ("RUNNING", "PREEMPTING"):
+                self._log.lost.remote(cause(current_state.training_failed_error))
+            self._wait(is_again=before == now)
 
     def _wait(self, *, is_again: bool) -> None:
         """`is_again`: Ray looked for room just now, and found none."""
@@ -92,6 +88,12 @@ class Watch(ControllerCallback):
             self._tell_at = now + TELL_EACH_S
         if is_again:
             time.sleep(LOOK_S)
+
+
+def _name(state: Any) -> str:
+    """Of a state of Ray's controller."""
+    name: str = state._state_type.state_name
+    return name
 
 
 def cause(error: Any) -> str:
@@ -141,7 +143,7 @@ class AtCheckpoints(ElasticScalingPolicy):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:  # noqa: ARG002
         # What is left of a group that failed is there until the next one is started.
-        self._may_hold_room = isinstance(current_state, states.RestartingState)
+        self._may_hold_room = _name(current_state) == "RESTARTING"
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         decision = super().make_decision_for_non_running_worker_group()

@@ -151,11 +151,12 @@ def _run(trainer: Trainer, log: Any) -> None:
         while not ended.done() and (controller := ray.get(log.controller.remote())) is None:
             time.sleep(0.2)
         if not ended.done():
-            _stop(controller)
+            stop(controller)
         raise
 
 
-def _stop(controller: Any) -> None:
+def stop(controller: Any) -> None:
+    """End the workers of a controller, and the controller; at once when it does not answer for STOP_S."""
     try:
         ray.get(controller.abort.remote(), timeout=STOP_S)
     except ray.exceptions.GetTimeoutError:
