@@ -68,6 +68,10 @@ class Batching:
             )
         ]
 
+    def shortest(self, ids: Ids) -> Ids:
+        """The one of these pairs with the fewest tokens, (1,)."""
+        return ids[self.blocks.lengths.take(ids)[:2].sum(0).argmin(0, keepdims=True)]
+
     def count(self, ids: Ids, world_size: int) -> int:
         """Micro-batches that each of so many ranks has in a step of these pairs."""
         sizes = self.costs.of(self.blocks.lengths.take(ids))
@@ -117,14 +121,14 @@ def step_inputs(
     chosen_lengths = batching.blocks.chosen_lengths
     for step in range(start, plan.total_steps):
         ids = plan.step_ids(step)
-        micro_ids = batching.micro_ids(ids)
-        batches = [_batch(reader, micro, ids, pack) for micro in micro_ids]
+        micro_ids, filler = batching.micro_ids(ids), batching.shortest(ids)
+        batches = [_batch(reader, micro, filler, pack) for micro in micro_ids]
         yield StepInput(step, StepTotals(len(ids), int(chosen_lengths[ids].sum())), batches, micro_ids)
 
 
-def _batch(reader: PairReader, ids: Ids, others: Ids, pack: Pack) -> Batch:
-    """The pairs with these ids; one of `others` with weight 0 when there are none, so that ranks stay in step."""
-    return pack(reader.read(ids if len(ids) else others[:1]), 1.0 if len(ids) else 0.0)
+def _batch(reader: PairReader, ids: Ids, filler: Ids, pack: Pack) -> Batch:
+    """The pairs with these ids; `filler` with weight 0 when there are none, so that ranks stay in step."""
+    return pack(reader.read(ids if len(ids) else filler), 1.0 if len(ids) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,6 @@ class EvalSet:
         return self.batching.micro_ids(np.arange(self.blocks.num_pairs))
 
     def batches(self) -> Iterator[Batch]:
-        reader = PairReader(self.blocks)
+        reader, filler = PairReader(self.blocks), self.batching.shortest(np.arange(self.blocks.num_pairs))
         for micro in self.micro_ids():
-            yield _batch(reader, micro, np.arange(1), self.pack)
+            yield _batch(reader, micro, filler, self.pack)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -271,6 +272,7 @@ def test_without_tokens_of_all_steps_the_longest_pair_counts(tmp_path: Path) -> 
     batching = Batching(blocks, Costs(), Limit(1))
     assert batching.largest(plan, 1) == (76, 76)
     assert longest(blocks, Costs("padded")) == 80
+    assert batching.shortest(np.array([777, 5])).tolist() == [5]
 
 
 def test_of_quantized_weights_nothing_is_said() -> None:
