@@ -37,7 +37,7 @@ def no_workers(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr(workers, "TorchTrainer", never)
+    monkeypatch.setattr(workers, "Trainer", never)
 
 
 def changed(toy: Toy, changes: dict[str, Any], **run: Any) -> TrainConfig:
