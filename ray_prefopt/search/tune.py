@@ -54,6 +54,7 @@ RETRIES = 2
 """Times that Tune starts a trial's driver again after it died or found no room."""
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data paths may be relative to the folder that the driver is in
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs have logs of their own
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TUNE_RESULT_BUFFER_LENGTH": "1",

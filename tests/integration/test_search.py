@@ -32,9 +32,12 @@ GRID = SearchConfig.model_validate(
 
 
 def config(toy: Toy, folder: Path, **run: Any) -> TrainConfig:
-    """One worker without DeepSpeed, so that a trial takes seconds."""
+    """One worker without DeepSpeed, so that a trial takes seconds; the pairs are named from where the driver is."""
     values = toy.values(name="sweep", storage_path=str(folder), num_workers=1, **run)
-    return TrainConfig.model_validate({**values, "engine": {"kind": "plain"}})
+    pairs = {name: os.path.relpath(toy.folder / f"{name}.jsonl") for name in ("train", "eval")}
+    return TrainConfig.model_validate(
+        {**values, "data": {**values["data"], **pairs}, "engine": {"kind": "plain"}}
+    )
 
 
 def records(run: Path) -> list[dict[str, float]]:
