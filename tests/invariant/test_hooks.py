@@ -290,7 +290,7 @@ def broken(found: EvalPrediction) -> Any:
                 "compute_metrics": accuracy,
                 "preprocess_logits_for_metrics": lambda rewards, labels: rewards.sum(),
             },
-            r"must return a tensor with a row for each of the 4 pairs; got \(\)",
+            r"must return a tensor with a row for each of the 3 pairs; got \(\)",
         ),
     ],
 )
