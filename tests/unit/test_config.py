@@ -100,9 +100,7 @@ def test_contradictions_are_refused(section: type, values: dict[str, Any], messa
 
 
 def test_micro_batches_of_any_size_have_no_means_of_their_own() -> None:
-    with pytest.raises(
-        ValidationError, match=r"any number of pairs, and loss\.nll_average: micro_batch "
-    ):
+    with pytest.raises(ValidationError, match=r"any number of pairs, and loss\.nll_average: micro_batch "):
         TrainConfig(
             **MINIMAL, loss={"kind": "cpo", "nll_average": "micro_batch"}, run={"micro_batch_tokens": 9}
         )
