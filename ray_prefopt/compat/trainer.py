@@ -82,8 +82,8 @@ class CPOTrainer:
     `tokenizer` is the older name of `processing_class`. Callbacks, metrics, collator and optimizer are sent to the
     workers; what callbacks gather there is theirs here when `train` returns. `scaling_config` says how many workers
     there are and what each has; one on the CPU, or one for each GPU of this machine, when it is not given. With a pair
-    of numbers a step has the pairs of the larger one. `run_config` names the run and its storage. Raises ConfigError for
-    arguments that cannot be honoured, each with what to do instead.
+    of numbers a step has the pairs of the larger one. `run_config` names the run and its storage. Raises ConfigError
+    for arguments that cannot be honoured, each with what to do instead.
     """
 
     _default_args: type[CPOConfig | SimPOConfig] = CPOConfig
