@@ -30,6 +30,11 @@ def step_of(folder: Path) -> int:
         return 0
 
 
+def hear_ctrl_c() -> None:
+    """In a process that was started by another in the background, where a shell has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_for(folder: Path, step: int, process: subprocess.Popen[str] | None = None) -> None:
     """Wait until a run has come to a step, while its process lives."""
     deadline = time.monotonic() + PATIENCE_S
@@ -73,8 +78,9 @@ def test_the_whole_run_interrupted_then_killed(straight: TrainResult, toy: Toy, 
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
 
     first = start()
     wait_for(folder, 4, first)
