@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from plotly.subplots import make_subplots
 
-from ray_prefopt.search.findings import Findings, position
+from ray_prefopt.search.findings import Findings, is_logarithmic, position
 from ray_prefopt.search.picture import COLORS
 from ray_prefopt.search.space import label, show
 from ray_prefopt.search.table import Group
@@ -86,7 +86,7 @@ def by_parameter(found: Findings, measured: Sequence[Group]) -> Entry:
         values = {recipe.values[name] for recipe in found.space.recipes if name in recipe.values}
         for value in sorted(values):
             figure.add_vline(x=value, line={"color": CHOSEN, "dash": "dot", "width": 1}, **place)
-        kind = "log" if found.space.dimensions[name].loguniform else None
+        kind = "log" if is_logarithmic(found.space.dimensions[name]) else None
         figure.update_xaxes(title=name, type=kind, exponentformat="e", **place)
     figure.update_yaxes(title=found.metric, col=1)
     note = "One mark per point, by how its trials ended."
@@ -180,7 +180,7 @@ def contour(found: Findings, pair: tuple[str, str]) -> Entry:
         mode="markers", marker={"color": "white", "size": 8, "line": {"color": INK, "width": 1}},
         text=[_hover(found, group) for group in groups], hovertemplate="%{text}<extra></extra>", showlegend=False,
     )  # fmt: skip
-    kinds = ["log" if dimension.loguniform else "linear" for dimension in dimensions]
+    kinds = ["log" if is_logarithmic(dimension) else "linear" for dimension in dimensions]
     figure.update_xaxes(title=pair[0], type=kinds[0])
     figure.update_yaxes(title=pair[1], type=kinds[1])
     note = "Finished points" + (" of the grid." if is_grid else "; between them the surface is interpolated.")

@@ -77,3 +77,15 @@ def position(dimension: Dimension, value: Any) -> float:
     if dimension.loguniform:
         return float(math.log(value / low) / math.log(high / low))
     return float((value - low) / (high - low))
+
+
+def is_logarithmic(dimension: Dimension) -> bool:
+    """Whether orders of magnitude are what tells its values apart.
+
+    >>> is_logarithmic(Dimension(grid=[3.0, 30.0, 300.0])), is_logarithmic(Dimension(grid=[0.0, 0.5, 1.0]))
+    (True, False)
+    """
+    values = dimension.values
+    if values is None or not all(isinstance(value, int | float) and value > 0 for value in values):
+        return dimension.loguniform is not None
+    return bool(max(values) >= 10 * min(values))
