@@ -112,10 +112,8 @@ def estimate(
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
     chunked_head = chunked_head and stage < 3
-    if reduction and chunked_head:
-        reduction += SINGLE * min(
-            scored * size.vocabulary, head.CHUNK_ELEMENTS[device]
-        )  # the buffer of logits stays
+    if reduction and chunked_head:  # the buffer of logits stays
+        reduction += SINGLE * min(scored * size.vocabulary, head.CHUNK_ELEMENTS[device])
     host = 0
     if stage == 3:
         weights = -(-weights // world_size)

@@ -167,10 +167,9 @@ class Recorder(Callback):
         row = self.rows[str(trial)]
         if row.status != "finished":
             row.status = "failed" if row.error else "stopped"
-            if (
-                trial.temporary_state.ray_actor is not None
-            ):  # kept for the next trial, it would let the run go on
-                trial.temporary_state.ray_actor.cleanup.remote()
+            actor = trial.temporary_state.ray_actor
+            if actor is not None:  # kept for the next trial, it would let the run go on
+                actor.cleanup.remote()
         self._tell(row)
 
     def on_trial_error(self, *_: Any, **info: Any) -> None:

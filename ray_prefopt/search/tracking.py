@@ -37,15 +37,13 @@ def end_search(
     config: TrainConfig, folder: str, point: Point, metric: str, value: float, warn: Callable[[str], None]
 ) -> None:
     """Tell MLflow's run of the search what was found, and end it."""
-    parent = _known_parent(folder)
-    if "mlflow" not in config.run.report_to or parent is None:
+    parent = _known_parent(folder) if "mlflow" in config.run.report_to else None
+    if parent is None:
         return
     try:
         client = import_module("mlflow").MlflowClient()
-        for name, best in point.items():
-            client.set_tag(
-                parent, f"best.{name}", show(best)
-            )  # a parameter could not change if more trials follow
+        for name, best in point.items():  # no parameters, which could not change when more trials follow
+            client.set_tag(parent, f"best.{name}", show(best))
         client.log_metric(parent, metric, value)
         client.set_terminated(parent)
     except Exception as error:  # as above

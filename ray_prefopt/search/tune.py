@@ -39,7 +39,7 @@ from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.checkpoint import write_text
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks
-from ray_prefopt.training.room import asking_for_nodes
+from ray_prefopt.training.room import asked, asking_for_nodes
 from ray_prefopt.training.run import MAY_CHANGE, NO_HOOKS, describe, prepare_data, resolved
 from ray_prefopt.training.workers import start_ray
 
@@ -212,10 +212,9 @@ def _slots(config: TrainConfig, search: SearchConfig) -> int:
     with asking_for_nodes(run):
         while (room := _room(config)) < 1:
             if time.monotonic() - begun > min(patience, run.resource_timeout_s):
-                asked = _asked(config, run.min_workers)
-                needed = ", ".join(f"{number} {name}" for name, number in asked.items())
-                total = ray.cluster_resources()
-                found = ", ".join(f"{total.get(name, 0):g} {name}" for name in asked)
+                needs, total = asked(run, run.min_workers), ray.cluster_resources()
+                needed = ", ".join(f"{number:g} {name}" for name, number in needs.items())
+                found = ", ".join(f"{total.get(name, 0):g} {name}" for name in needs)
                 raise ResourceError(
                     f"a trial needs {needed} for its {run.min_workers} workers; the cluster has {found} in all, after "
                     f"waiting {time.monotonic() - begun:.0f} s. Lower run.num_workers or run.cpus_per_worker, or add "
@@ -225,17 +224,13 @@ def _slots(config: TrainConfig, search: SearchConfig) -> int:
     return min(room, search.max_concurrent or room, number_of_points(make_space(config, search), search))
 
 
-def _asked(config: TrainConfig, workers: int) -> dict[str, int]:
-    run = config.run
-    return {"CPU": workers * run.cpus_per_worker, **({"GPU": workers} if run.use_gpu else {})}
-
-
 def _room(config: TrainConfig) -> int:
     """Trials that the whole cluster can hold, each with its most workers; 0 when it is too small for one."""
     total = ray.cluster_resources()
 
     def trials(workers: int) -> int:
-        return min(int(total.get(name, 0) // number) for name, number in _asked(config, workers).items())
+        needs = asked(config.run, workers)
+        return min(int(total.get(name, 0) // number) for name, number in needs.items() if number)
 
     return trials(config.run.max_workers) or min(trials(config.run.min_workers), 1)
 
@@ -262,10 +257,9 @@ def _run_trials(task: Task, search: SearchConfig, recorder: Recorder, folder: st
     settings: dict[str, Any] = {"point": ray_tune.grid_search(points), "seed": _seeds(base, search)[0]}
     if not is_population:
         settings = {}
-        points_alg = Points(
-            space, search, _seeds(base, search), _study_url(folder), lambda: _limit(base, search)
+        search_alg = Generator(
+            Points(space, search, _seeds(base, search), _study_url(folder), lambda: _limit(base, search))
         )
-        search_alg = Generator(points_alg)
 
     def name_of(trial: Any) -> str:
         return trial.config.get("name") or trial_name(points.index(trial.config["point"]), None)

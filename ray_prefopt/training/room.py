@@ -23,12 +23,17 @@ def of_a_worker(run: RunConfig) -> dict[str, float]:
     return {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {}), **run.resources_per_worker}
 
 
+def asked(run: RunConfig, workers: int) -> dict[str, float]:
+    """What so many workers need, by Ray's names."""
+    return {name: workers * number for name, number in of_a_worker(run).items()}
+
+
 def missing(run: RunConfig, workers: int) -> str:
     """`2 workers need 2 CPU; the cluster has 1 of 4 CPU free`."""
     available, total = ray.available_resources(), ray.cluster_resources()
-    asked = _asked(run, workers)
-    needed = ", ".join(f"{number:g} {name}" for name, number in asked.items())
-    found = ", ".join(f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in asked)
+    needs = asked(run, workers)
+    needed = ", ".join(f"{number:g} {name}" for name, number in needs.items())
+    found = ", ".join(f"{available.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in needs)
     return f"{workers} workers need {needed}; the cluster has {found}"
 
 
@@ -41,10 +46,10 @@ def fitting(run: RunConfig, nodes: Iterable[Mapping[str, float]]) -> int:
 def wait_for_room(run: RunConfig) -> None:
     """Wait until the cluster has room for the fewest workers; raises ResourceError after run.resource_timeout_s."""
     begun, workers = time.monotonic(), run.min_workers
-    asked = _asked(run, workers)
+    needs = asked(run, workers)
     while time.monotonic() - begun < min(TELL_AFTER_S, run.resource_timeout_s):
         available = ray.available_resources()
-        if all(available.get(name, 0) >= number for name, number in asked.items()):
+        if all(available.get(name, 0) >= number for name, number in needs.items()):
             return
         time.sleep(0.5)
     if run.resource_timeout_s > TELL_AFTER_S:
@@ -77,7 +82,3 @@ def asking_for_nodes(run: RunConfig) -> Iterator[PlacementGroup]:
         yield group
     finally:
         remove_placement_group(group)
-
-
-def _asked(run: RunConfig, workers: int) -> dict[str, float]:
-    return {name: workers * number for name, number in of_a_worker(run).items()}

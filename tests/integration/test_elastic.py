@@ -2,18 +2,15 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster
@@ -27,7 +24,7 @@ from ray_prefopt.training.export import checkpoint_weights
 from ray_prefopt.training.loop import Job, Reports, train_worker
 from tests.gang import run_gang
 from tests.integration.conftest import STEPS, Toy
-from tests.integration.test_submit import ROOT, TOKEN, environment, free_ports
+from tests.integration.heads import ROOT, TOKEN, environment, head_ports, started_head
 from tests.integration.test_train import records_of, weights_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(900)]
@@ -224,30 +221,19 @@ print(ray.cluster_resources()["CPU"])
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_an_autoscaler_is_asked_for_nodes(tmp_path: Path, version: str) -> None:
-    names = ("port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port",
-             "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port",
-             "ray-client-server-port")  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    of_ray = tempfile.mkdtemp(prefix="ray")
+    ports, out = head_ports(), tmp_path / "out"
     gcs = f"127.0.0.1:{ports['port']}"
     settings = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     if version == "v2":
         settings |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD,
                      "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}  # fmt: skip
-    with (tmp_path / "out").open("w") as out:
-        head = subprocess.Popen(
-            [
-                *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"),
-                *("--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--num-cpus", "0"),
-                *("--object-store-memory", str(128 * 2**20), "--temp-dir", of_ray),
-                *("--autoscaling-config", str(autoscaling(tmp_path, gcs))),
-                *(f"--{name}={port}" for name, port in ports.items()),
-            ],
-            cwd=ROOT, env=ENVIRONMENT | settings, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
+    flags = (
+        *("--include-dashboard", "false", "--num-cpus", "0"),
+        *("--autoscaling-config", str(autoscaling(tmp_path, gcs))),
+    )
+    with started_head(ports, flags, ENVIRONMENT | settings, out) as head:
         time.sleep(10)
-        assert head.poll() is None, (tmp_path / "out").read_text()
+        assert head.poll() is None, out.read_text()
         done = subprocess.run(
             [sys.executable, "-c", WAIT], cwd=ROOT, env=ENVIRONMENT | {"RAY_ADDRESS": gcs},
             capture_output=True, text=True, timeout=PATIENCE_S, check=False,
@@ -255,9 +241,3 @@ def test_an_autoscaler_is_asked_for_nodes(tmp_path: Path, version: str) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["0", "2.0"]
         assert "waiting up to 120 s: 2 workers need 2 CPU; the cluster has 0 of 0 CPU free\n" in done.stderr
-    finally:
-        for each in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        head.wait(60)
-        shutil.rmtree(of_ray, ignore_errors=True)

@@ -156,7 +156,16 @@ def test_a_search(tmp_path: Path, ray_local: None) -> None:
     assert load_config([Path(result.config)]).run.name == "search-best"
 
 
-def test_a_search_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_search_from_python(tmp_path: Path, ray_local: None) -> None:
+    result = script("search.py").main(str(tmp_path), "--run.max_steps=2")
+    assert result.trials == {"finished": 18}
+    assert result.std is not None
+    assert Path(result.report).stat().st_size > 1_000_000
+
+
+def test_the_plan_of_a_search_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eighteen trials take minutes: what they would be is enough."""
     example = script("search.py")
     assert len((EXAMPLES / "search.py").read_text().splitlines()) < 40

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.test_submit import ROOT, TOKEN, environment
+from tests.integration.heads import ROOT, TOKEN, environment
 from tests.integration.test_train import assert_same_weights, records_of
 from tests.kustomize import render
 

@@ -2,29 +2,22 @@
 
 import csv
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from ray_prefopt.settings import load_config
 from tests.integration.conftest import Toy
+from tests.integration.heads import ROOT, TOKEN, environment, head_ports, started_head
 from tests.kustomize import render
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKEN = "0123456789abcdef" * 4
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -50,55 +43,15 @@ class Head:
         return dict(found[0] if isinstance(found, list) else found)
 
 
-def environment(token: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    python = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    token_of_ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    return {**kept, **token_of_ray, "PATH": python, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
-             "metrics-export-port", "runtime-env-agent-port", "ray-client-server-port", "node-manager-port",
-             "object-manager-port")  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    out = tmp_path_factory.mktemp("head") / "out"
-    of_ray = tempfile.mkdtemp(
-        prefix="ray"
-    )  # short, for the names of its sockets; /tmp/ray is for the user's own
-    with out.open("w") as log:
-        process = subprocess.Popen(
-            [
-                *(Path(sys.executable).parent / "ray", "start", "--head", "--block", "--disable-usage-stats"),
-                *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--num-cpus", "3"),
-                *("--object-store-memory", str(128 * 2**20), "--temp-dir", of_ray),
-                *(f"--{name}={port}" for name, port in ports.items()),
-            ],
-            cwd=ROOT, env=environment(TOKEN), stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    ports, out = head_ports(), tmp_path_factory.mktemp("head") / "out"
+    flags = ("--dashboard-host", "127.0.0.1", "--num-cpus", "3")
     cluster = Head(f"http://127.0.0.1:{ports['dashboard-port']}")
-    try:
+    with started_head(ports, flags, environment(TOKEN), out) as process:
         wait(lambda: process.poll() is not None or cluster.call("status").returncode == 0, seconds=120)
         assert process.poll() is None, out.read_text()
         yield cluster
-    finally:
-        # Its own way down takes half a minute.
-        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait(60)
-        shutil.rmtree(of_ray, ignore_errors=True)
 
 
 def wait(condition: Callable[[], bool], *, seconds: float) -> None:

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from ray_prefopt.search.points import Points
+from ray_prefopt.search.points import Generator, Points
 from ray_prefopt.search.space import make_space
 from ray_prefopt.search_config import SearchConfig
 from tests.unit.test_search_space import base, search
@@ -136,3 +136,10 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path, is_stored: bool) -> None:
         assert rest[0] == lost
     tried = [config["point"]["loss.beta"] for config in (*before, *rest)]
     assert len(set(tried)) == 6
+
+
+def test_a_search_at_its_end_can_be_gone_on_with() -> None:
+    asked = search(space=BETA, trials=1)
+    generator = Generator(points(asked))
+    generator.set_state({"counter": 1, "total_samples": 5, "finished": True, "experiment": None})
+    assert not generator.is_finished()
