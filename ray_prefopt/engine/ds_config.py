@@ -39,7 +39,7 @@ def build_ds_config(
             "model.dtype float16 needs GPUs under ZeRO 1 to 3, which have none here: use bfloat16, or set run.use_gpu"
         )
     zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage and use_gpu:
+    if engine.zero_stage >= 2 and use_gpu:  # stage 1 reduces once per step, when nothing is left to overlap
         zero["overlap_comm"] = True
     if engine.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": engine.offload_optimizer, "pin_memory": use_gpu}

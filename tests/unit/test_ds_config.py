@@ -57,11 +57,12 @@ def test_stage_0_is_autocast_over_fp32_and_clips_by_itself(dtype: str, use_gpu: 
     ("engine", "use_gpu", "expected"),
     [
         ({"zero_stage": 1}, False, {"stage": 1}),
-        ({"zero_stage": 1}, True, {"stage": 1, "overlap_comm": True}),
+        ({"zero_stage": 1}, True, {"stage": 1}),
+        ({"zero_stage": 3}, True, {"stage": 3, "overlap_comm": True}),
         (
             {"zero_stage": 1, "offload_optimizer": "cpu"},
             True,
-            {"stage": 1, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+            {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
         ),
         (
             {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
