@@ -5,7 +5,8 @@ V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ray_prefopt.data.collate import PackedBatch, PairBatch
-from ray_prefopt.losses.head import Head, HeadGradient, PairLoss, Scored, above_head, chunked_logps, one_pass
+from ray_prefopt.losses.head import Found, Head, PairLoss, Scored, one_pass, score
 from ray_prefopt.losses.logps import PairLogps, token_logps
 
 ForwardFn = Callable[..., Any]
@@ -50,36 +51,60 @@ class Scorer:
         """Log-probabilities of both completions of each pair."""
         if isinstance(batch, PairBatch):
             return pair_logps(self.forward, batch, keep_logits=self.keep_logits)
-        if self.head is None or torch.is_grad_enabled():
+        head = self.head
+        if head is None or torch.is_grad_enabled():
             return _packed_logps(self.forward, batch)
-        return chunked_logps(self._states(batch, self.head, HeadGradient()), self.head, _scored(batch))
+        found = Found(_scored(batch))
+        self._in_head(batch, head, lambda hidden_UD: score(hidden_UD, head, found))
+        return found.logps()
 
     def loss(self, batch: Batch, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
         """The loss of a micro-batch, a scalar with its gradient, and the log-probabilities that it is of."""
-        if self.head is None or isinstance(batch, PairBatch):
+        head = self.head
+        if head is None or isinstance(batch, PairBatch):
             logps = self.logps(batch)
             return pair_loss(logps), logps
-        gradient = HeadGradient()
-        states_UD = self._states(batch, self.head, gradient)
-        return one_pass(states_UD, self.head, gradient, _scored(batch), pair_loss)
+        found = Found(_scored(batch))
+        loss = self._in_head(batch, head, lambda hidden_UD: one_pass(hidden_UD, head, found, pair_loss))
+        return loss, found.logps()
 
-    def _states(self, batch: PackedBatch, head: Head, gradient: HeadGradient) -> Tensor:
-        """The states under the head at the positions that predict, (U, D)."""
-        caught: list[Tensor] = []
+    def _in_head(self, batch: PackedBatch, head: Head, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `work` makes of the states at the positions that predict, (U, D), in place of their logits.
 
-        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            """One of them goes on to the head, for whatever the model does there."""
-            caught.append(args[0])
-            return (args[0][..., :1, :],)
+        In the head's forward, where ZeRO 3 has its weights, and waits for their gradient; and the model's output, since
+        DeepSpeed prepares for a backward pass when a gradient reaches that.
+        """
+        made: list[Tensor] = []
+
+        def instead(hidden: Tensor) -> Tensor:
+            return work(hidden.view(-1, hidden.shape[-1]))
+
+        def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            """Logits of one position, for whatever the model does with them."""
+            made.append(output)
+            return output.new_zeros(1, 1, head.linear.out_features)
 
         def hand_out(_: nn.Module, __: Any, output: Any) -> Any:
-            output.logits = above_head(caught.pop(), head, gradient)
+            output.logits = made.pop()
             return output
 
-        head_module = base_of(self.model).get_output_embeddings()
-        with head_module.register_forward_pre_hook(catch), self.model.register_forward_hook(hand_out):
-            output = self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U)
-        return output.logits.view(-1, output.logits.shape[-1])
+        with (
+            _forward_replaced(head.linear, instead),
+            head.linear.register_forward_hook(keep),
+            self.model.register_forward_hook(hand_out, prepend=True),
+        ):
+            output: Tensor = self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U).logits
+        return output
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: ForwardFn) -> Iterator[None]:
+    """While a module does something else, with all its hooks."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True) -> PairLogps:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ray_prefopt.config import ModelConfig
@@ -38,7 +39,7 @@ def make_scorer(
         attention = base.config._attn_implementation
         base.set_attn_implementation(NAME)
         packed = Scorer(forward, is_packed=True)
-        head = head_of(model) if dtype != torch.float16 else None
+        head = head_of(model)
         candidates = [packed] if head is None else [replace(packed, model=model, head=head), packed]
         for candidate in candidates:
             obstacle = _difference(candidate, padded, model, dtype, device)
@@ -80,15 +81,17 @@ def obstacle_of(model: nn.Module, config: ModelConfig) -> str | None:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """The head whose gradient can be had in one pass with its logits: a whole linear layer, under at most a scale and a
-    cap. None where its weights are sharded or changed by an adapter."""
+    """The head whose gradient can be had in one pass with its logits: a linear layer, under at most a scale and a cap.
+    None where it is something else, or has a low-rank adapter."""
     base = base_of(model)
     module: Any = base.get_output_embeddings()
-    if type(module) is not nn.Linear or hasattr(module.weight, "ds_id"):
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    if type(module) is not nn.Linear:
         return None
     text = base.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-    return Head(module.weight, module.bias, float(scale), getattr(text, "final_logit_softcapping", None))
+    return Head(module, float(scale), getattr(text, "final_logit_softcapping", None))
 
 
 @torch.no_grad()

@@ -152,10 +152,10 @@ def test_a_cap_on_the_logits() -> None:
 def test_the_states_under_the_head_are_asked_for_once_and_not_their_logits() -> None:
     model = model_of("qwen2")
     packed, _ = scorers(model)
-    shapes: list[torch.Size] = []
-    model.lm_head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
-    graded(packed, pack(pairs_of(3)), LOSSES[0], model)
-    assert shapes == [torch.Size([1, 1, 512])]
+    batch, seen = pack(pairs_of(3)), []
+    model.lm_head.register_forward_hook(lambda _, states, out: seen.append((states[0].shape, out.shape)))
+    graded(packed, batch, LOSSES[0], model)
+    assert seen == [((1, len(batch.predicts_U), 32), ())]
 
 
 def test_adapters_under_and_on_the_head() -> None:
@@ -179,7 +179,7 @@ def test_tied_weights_get_the_gradient_of_both() -> None:
     model.tie_weights()
     packed, padded = scorers(model)
     assert packed.head is not None
-    assert packed.head.weight_VD is model.get_input_embeddings().weight
+    assert packed.head.linear.weight is model.get_input_embeddings().weight
     expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
     assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
 
