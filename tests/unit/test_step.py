@@ -25,13 +25,15 @@ GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 """Options of an optimizer that moves weights by their gradient."""
 
 
-def engine_of(module: nn.Module | None = None, **optim: Any) -> PlainEngine:
+def engine_of(
+    module: nn.Module | None = None, dtype: torch.dtype = torch.float32, **optim: Any
+) -> PlainEngine:
     config = OptimConfig(**{"learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant", **optim})
     return PlainEngine(
         module if module is not None else tiny_model(),
         config,
         total_steps=10,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
 
@@ -142,10 +144,12 @@ def assert_unmoved(engine: PlainEngine, start: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_named_before_anything_moves(value: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_loss_that_is_not_finite_is_named_before_anything_moves(value: float, dtype: torch.dtype) -> None:
+    """In fp16 too, where a gradient that overflows is left out without a word."""
     pairs = random_pairs(6)
     pairs[4] = TokenizedPair([1, 511, 2], [1, 511, 3], 2, 2)
-    engine, metrics = engine_of(poisoned(511, value)), MetricSums()
+    engine, metrics = engine_of(poisoned(511, value), dtype), MetricSums()
     start = weights_of(engine)
     with pytest.raises(NonFiniteError) as caught:
         train_step(engine, inputs_of(pairs, 2, step=6), OBJECTIVE, metrics)
