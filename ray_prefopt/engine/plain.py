@@ -52,8 +52,9 @@ class PlainEngine:
             if weight.grad is None:  # a rank without this expert's tokens still takes part in the sum
                 weight.grad = torch.zeros_like(weight)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            for weight in self._trainable:
-                dist.all_reduce(weight.grad)
+            # All at once: one after the other, small ones would each wait for the network.
+            for sent in [dist.all_reduce(weight.grad, async_op=True) for weight in self._trainable]:
+                sent.wait()
         self._scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self._trainable, self._max_grad_norm))
         if not math.isfinite(norm) and not self._scaler.is_enabled():

@@ -43,9 +43,12 @@ INPUT = torch.tensor([3.0, 4.0])
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group whose other rank always has the same gradients."""
-    group = SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda value: value.mul_(2)
-    )
+
+    def all_reduce(value: Tensor, *, async_op: bool) -> SimpleNamespace:
+        assert async_op
+        return SimpleNamespace(wait=lambda: value.mul_(2))
+
+    group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=all_reduce)
     monkeypatch.setattr(plain_module, "dist", group)
 
 
