@@ -4,7 +4,7 @@ Shape suffixes: B pairs, R = 2B rows (chosen first, rejected after), T tokens, D
 rows of its own), S scored tokens, U positions that predict them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -15,8 +15,28 @@ from torch import Tensor
 from ray_prefopt.data.tokenization import TokenizedPair
 
 
+class _Tensors:
+    """What a dataclass of tensors, and of things that stay where they are, can do."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device) -> Self:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """In memory that a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        changed: dict[str, Any] = {
+            name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        return type(self)(**changed)
+
+
 @dataclass(frozen=True, slots=True)
-class PairBatch:
+class PairBatch(_Tensors):
     """A micro-batch of pairs, padded on the right."""
 
     input_ids_RT: Tensor
@@ -31,14 +51,6 @@ class PairBatch:
     decoder_input_ids_RD: Tensor | None = None
     """Completions behind the token that a decoder starts with, less their last one; for an encoder-decoder."""
 
-    def to(self, device: torch.device) -> Self:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: tensor if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in tensors.items()
-        }
-        return type(self)(**moved)
-
     def chosen_rows(self) -> list[Tensor]:
         """The inputs of each pair's chosen side, (T,) each."""
         rows = zip(self.input_ids_RT.chunk(2)[0], self.attention_mask_RT.chunk(2)[0].bool(), strict=True)
@@ -51,7 +63,7 @@ class PairBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
+class PackedBatch(_Tensors):
     """A micro-batch of pairs in one row, nothing of it twice and nothing padded.
 
     Of each pair come the tokens that both completions begin with (the prompt, mostly), then the rest of the chosen one,
@@ -75,14 +87,6 @@ class PackedBatch:
     """The same in a tensor, pair by pair."""
     predicting: tuple[int, ...]
     """Predicting positions of each pair."""
-
-    def to(self, device: torch.device) -> Self:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        return type(self)(**moved)
 
     def chosen_rows(self) -> list[Tensor]:
         """The inputs of each pair's chosen side, (T,) each."""

@@ -117,12 +117,15 @@ def train_worker(job: Job, device: torch.device, reports: Reports) -> LoopState:
     """Train to the end of the plan, or until a callback says stop, from the newest checkpoint if there is one."""
     config = job.config
     _set_up(config)
+    logger.info("rank %d of %d is up", ranks.rank(), ranks.world_size())
     checkpoint = _starting_point(job)
     assert job.train_blocks is not None
     blocks = open_blocks(job.train_blocks)
     plan = make_plan(config, blocks)
+    logger.info("%d steps over %d pairs are planned", plan.total_steps, blocks.num_pairs)
     peak = Peak(device)
     engine = _engine_at(job, plan.total_steps, device, checkpoint)
+    logger.info("the %s engine is built", config.engine.kind)
     training = _Training(job, reports, engine, plan, blocks, checkpoint)
     try:
         state = training.run()
@@ -367,9 +370,12 @@ def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
 
     def packing(pairs: list[TokenizedPair], weight: float) -> Batch:
         pairs = pairs if repack is None else repack(pairs)
+        batch: Batch
         if scorer.is_packed:
-            return pack(pairs, weight=weight)
-        return collate(pairs, pad_id=job.pad_id, decoder_start_id=start, weight=weight)
+            batch = pack(pairs, weight=weight)
+        else:
+            batch = collate(pairs, pad_id=job.pad_id, decoder_start_id=start, weight=weight)
+        return batch.pinned() if engine.device.type == "cuda" else batch
 
     return packing
 
