@@ -92,15 +92,10 @@ _BARE = {
 def _together(
     pairs: Sequence[PreferencePair], tokenizer: "PreTrainedTokenizerBase", limits: LengthLimits
 ) -> list[TokenizedPair | Skipped]:
-    texts = [pair.prompt for pair in pairs]
-    texts += [pair.prompt + pair.chosen for pair in pairs]
-    texts += [pair.prompt + pair.rejected for pair in pairs]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **_BARE)["input_ids"]
-    n = len(pairs)
     ends = _Ends(tokenizer)
     return [
-        _tokenized(pair, prompt, chosen, rejected, ends, limits)
-        for pair, prompt, chosen, rejected in zip(pairs, ids[:n], ids[n : 2 * n], ids[2 * n :], strict=True)
+        _tokenized(pair, *ids, ends, limits)
+        for pair, ids in zip(pairs, _encoded(pairs, tokenizer), strict=True)
     ]
 
 
@@ -117,6 +112,94 @@ def _apart(
         _tokenized_apart(pair, prompt, (chosen, rejected), ends, limits)
         for pair, prompt, chosen, rejected in zip(pairs, prompts, answers[:n], answers[n:], strict=True)
     ]
+
+
+# --- encoding ---
+
+PROBE = 8
+"""Pairs of a block that are encoded both whole and parted."""
+
+_Triple = tuple[list[int], list[int], list[int]]
+"""Ids of a prompt, and of the prompt with each completion as one text."""
+
+
+def _encoded(pairs: Sequence[PreferencePair], tokenizer: "PreTrainedTokenizerBase") -> list[_Triple]:
+    """The ids of each pair. Long prompts are encoded once, where the tokenizer has a mark to part them at."""
+    first, rest = pairs[:PROBE], pairs[PROBE:]
+    triples = _whole(first, tokenizer)
+    mark = _mark(triples[0][0], tokenizer) if rest else None
+    parted = _parted(rest, mark, tokenizer) if mark and _parted(first, mark, tokenizer) == triples else None
+    return triples + (_whole(rest, tokenizer) if parted is None else parted)
+
+
+def _whole(pairs: Sequence[PreferencePair], tokenizer: "PreTrainedTokenizerBase") -> list[_Triple]:
+    texts = [pair.prompt for pair in pairs]
+    texts += [pair.prompt + pair.chosen for pair in pairs]
+    texts += [pair.prompt + pair.rejected for pair in pairs]
+    ids, n = _ids(texts, tokenizer), len(pairs)
+    return list(zip(ids[:n], ids[n : 2 * n], ids[2 * n :], strict=True))
+
+
+def _ids(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Ids of each text, and no special token that is not in it."""
+    if not _is_plain(tokenizer):
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **_BARE)["input_ids"]
+        return ids
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _is_plain(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer hands texts to its backend as they are; one with code of its own may not."""
+    kind = type(tokenizer)
+    names = [kind.__call__.__qualname__, kind._encode_plus.__qualname__]
+    return names == ["PreTrainedTokenizerBase.__call__", "TokenizersBackend._encode_plus"]
+
+
+def _mark(prompt: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> tuple[int, str] | None:
+    """The last token of a prompt that texts can be parted at, as a template's `<|im_start|>`, and its text.
+
+    It is found in a text before all else, so that nothing reaches over it, and is no part of another such token.
+    """
+    if tokenizer.split_special_tokens or not _is_plain(tokenizer):
+        return None
+    added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if not token.normalized}
+    mark = next((index for index in reversed(prompt) if index in added), None)
+    if mark is None or any(
+        added[mark].content in token.content for index, token in added.items() if index != mark
+    ):
+        return None
+    return mark, added[mark].content
+
+
+def _parted(
+    pairs: Sequence[PreferencePair], mark: tuple[int, str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[_Triple] | None:
+    """The same as `_whole`: prompts are encoded once up to their last mark, the rest as of there three times.
+
+    Both parts have the mark, which says that it is a token whatever is beside it, and keeps the second from being the
+    beginning of a text; where it is none, there is nothing to return.
+    """
+    mark_id, text = mark
+    heads, tails = [], []
+    for pair in pairs:
+        before, found, after = pair.prompt.rpartition(text)
+        heads.append(before + found)
+        tails.append(found + after)
+    texts = heads + tails
+    texts += [tail + pair.chosen for tail, pair in zip(tails, pairs, strict=True)]
+    texts += [tail + pair.rejected for tail, pair in zip(tails, pairs, strict=True)]
+    ids, n = _ids(texts, tokenizer), len(pairs)
+    triples = []
+    for head, *parts in zip(ids[:n], ids[n : 2 * n], ids[2 * n : 3 * n], ids[3 * n :], strict=True):
+        if head and any(part[:1] != [mark_id] for part in (head[-1:], *parts)):
+            return None
+        prompt, chosen, rejected = (head[:-1] + part for part in parts)
+        triples.append((prompt, chosen, rejected))
+    return triples
 
 
 class _Ends:

@@ -3,19 +3,31 @@
 The hand tokenizer has one token per letter, numbered a=0, b=1, ..., then its merges, then BOS and EOS.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
-from ray_prefopt.data.formats import PreferencePair, Skipped
-from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
+from ray_prefopt.data import tokenization
+from ray_prefopt.data.formats import ChatTemplate, PreferencePair, Skipped, to_pair
+from ray_prefopt.data.tokenization import PROBE, LengthLimits, TokenizedPair, tokenize_pairs
 from tests.tiny import (
     CHATS,
     CORPUS,
+    chat_row,
     merge_tokenizer,
     tiny_bart_tokenizer,
     tiny_t5_tokenizer,
@@ -420,3 +432,186 @@ def test_what_always_holds_apart(
         for ids in (result.chosen, result.rejected):
             assert 2 <= len(ids) - start <= min(max_length, max_completion or max_length)
             assert ids[-1] == ids[start - 1] == tokenizer.eos_token_id
+
+
+# --- prompts that are encoded once ---
+
+
+def spaced(*, normalizer: Any = None, scheme: str | None = None) -> PreTrainedTokenizerFast:
+    """Words begin with a visible space as in SentencePiece, written by a normalizer or a pre-tokenizer."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if normalizer:
+        backend.normalizer = normalizer
+    if scheme:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator(CORPUS * 2, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+
+
+def with_tokens(*tokens: AddedToken | str) -> PreTrainedTokenizerFast:
+    """The tokenizer of ChatML with other tokens for, or beside, `<|im_start|>`; text means one like that."""
+    tokenizer = tiny_tokenizer("plain")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False) if isinstance(token, str) else token for token in tokens]
+    )
+    return tokenizer
+
+
+def byte_level(**options: bool) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+LEGACY = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+TINY = tiny_tokenizer("chatml")
+MARK, END = "<|im_start|>", "<|im_end|>"
+PARTED: dict[str, tuple[PreTrainedTokenizerFast, str | None]] = {
+    "chatml": (TINY, MARK),
+    "first": (spaced(scheme="first"), MARK),
+    "always": (spaced(scheme="always"), MARK),
+    "legacy": (spaced(normalizer=LEGACY), MARK),
+    "prefixed": (byte_level(add_prefix_space=True), MARK),
+    "lstrip": (with_tokens(AddedToken(MARK, lstrip=True, normalized=False)), MARK),
+    "rstrip": (with_tokens(AddedToken(MARK, rstrip=True, normalized=False)), MARK),
+    "single word": (with_tokens(AddedToken(MARK, single_word=True, normalized=False)), END),
+    "normalized": (with_tokens(AddedToken(MARK, normalized=True)), END),
+    "overlapping": (with_tokens(MARK, "l<|"), MARK),
+    "longer": (with_tokens(MARK, f"{MARK}assistant"), f"{MARK}assistant"),
+    "around": (with_tokens(MARK, f"\n{MARK}a"), f"\n{MARK}a"),
+    "part of another": (with_tokens(MARK, f"{MARK}system"), None),
+    "none": (merge_tokenizer("abc", []), None),
+}
+"""Tokenizers, and where they part a prompt of ChatML."""
+MARKED = st.lists(
+    st.sampled_from(
+        ["<|im_start|>", "<|im_end|>", "assistant", "user", "l<|", "all", " ", "  ", "\n", "sky is", "\u0338"]
+    )
+    | st.text(max_size=3),
+    max_size=8,
+).map("".join)
+
+
+def encoded(
+    pairs: list[PreferencePair], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[str]]:
+    """The ids of prompts and of prompts with completions, and the texts that were encoded for them."""
+    texts: list[str] = []
+
+    def ids(some: list[str], tokenizer: Any) -> list[list[int]]:
+        texts.extend(some)
+        return encode(some, tokenizer)
+
+    encode = tokenization._ids
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenization, "_ids", ids)
+        return tokenization._encoded(pairs, tokenizer), texts
+
+
+def whole(pairs: list[PreferencePair], tokenizer: Any) -> list[tuple[list[int], ...]]:
+    """The same by calls of the tokenizer itself."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return [
+        (ids(pair.prompt), ids(pair.prompt + pair.chosen), ids(pair.prompt + pair.rejected)) for pair in pairs
+    ]
+
+
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+CHAT = PreferencePair(f"<|im_start|>user\nWhat color is the sky?{TURN}", "It is blue.", " It is black.")
+
+
+@pytest.mark.parametrize("kind", PARTED)
+@given(texts=st.lists(st.tuples(MARKED, MARKED, MARKED), min_size=1, max_size=3))
+def test_parted_texts_have_the_ids_of_whole_ones(kind: str, texts: list[tuple[str, str, str]]) -> None:
+    tokenizer, _ = PARTED[kind]
+    pairs = [CHAT] * PROBE + [PreferencePair(*each) for each in texts]
+    assert tokenization._encoded(pairs, tokenizer) == whole(pairs, tokenizer)
+
+
+@pytest.mark.parametrize("kind", PARTED)
+def test_a_long_prompt_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, mark = PARTED[kind]
+    prompt = f"<|im_start|>user\n{' '.join(CORPUS)}{TURN}"
+    ids, texts = encoded([CHAT] * PROBE + [replace(CHAT, prompt=prompt)], tokenizer, monkeypatch)
+    assert ids[-1:] == whole([replace(CHAT, prompt=prompt)], tokenizer)
+    if mark:
+        head, _, tail = prompt.rpartition(mark)
+        assert texts[-4:] == [
+            head + mark,
+            mark + tail,
+            mark + tail + CHAT.chosen,
+            mark + tail + CHAT.rejected,
+        ]
+    else:
+        assert texts[-3:] == [prompt, prompt + CHAT.chosen, prompt + CHAT.rejected]
+
+
+def test_a_mark_that_is_no_token_parts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 'all<|im_start|>' the token 'l<|' comes first."""
+    tokenizer, _ = PARTED["overlapping"]
+    pairs = [CHAT] * PROBE + [replace(CHAT, prompt="all<|im_start|>")]
+    ids, texts = encoded(pairs, tokenizer, monkeypatch)
+    assert ids == whole(pairs, tokenizer)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[-1][0])) == "all<|im_start|>"
+    assert tokenizer.convert_tokens_to_ids("l<|") in ids[-1][0]
+    assert texts[-1] == "all<|im_start|>" + CHAT.rejected
+
+
+def test_a_block_stays_whole_when_its_first_pairs_are_others_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenization, "_parted", lambda pairs, *_: [([0], [0], [0])] * len(pairs))
+    pairs = [CHAT] * (PROBE + 1)
+    assert tokenization._encoded(pairs, TINY) == whole(pairs, TINY)
+
+
+def test_special_tokens_that_are_split_part_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.split_special_tokens = True
+    pairs = [CHAT] * (PROBE + 1)
+    ids, _ = encoded(pairs, tokenizer, monkeypatch)
+    assert ids == whole(pairs, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in ids[0][0]
+
+
+def test_a_tokenizer_with_code_of_its_own_is_asked_itself() -> None:
+    class Lower(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, *given: Any, **options: Any) -> Any:
+            texts = text.lower() if isinstance(text, str) else [each.lower() for each in text]
+            return super()._encode_plus(texts, *given, **options)
+
+    lower = Lower(tokenizer_object=TINY.backend_tokenizer, eos_token=END)
+    pairs = [CHAT] * (PROBE + 1)
+    assert tokenization._encoded(pairs, lower) == whole(pairs, lower) != whole(pairs, TINY)
+
+
+def test_what_was_set_in_the_backend_cuts_nothing() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    expected = whole([CHAT], tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert tokenization._encoded([CHAT], tokenizer) == expected
+
+
+@pytest.mark.parametrize("chat", sorted(chat for chat, parts in CHATS.items() if "template" in parts))
+def test_blocks_of_chats_have_the_ids_of_single_pairs(chat: str) -> None:
+    tokenizer = tiny_tokenizer(chat)
+    render = ChatTemplate(tokenizer)
+    rows = [chat_row(f"What color is {n}?", f"It is {n}.", f" {n}") for n in range(PROBE + 4)]
+    pairs = [to_pair(row, render, form="auto", columns={}, assistant_header="trl") for row in rows]
+    assert all(isinstance(pair, PreferencePair) for pair in pairs)
+    block: Any = pairs
+    assert tokenize_pairs(block, tokenizer, ROOMY) == [
+        tokenize_pairs([pair], tokenizer, ROOMY)[0] for pair in block
+    ]
