@@ -1,5 +1,6 @@
 """Packed pairs have the log-probabilities, losses and gradients of padded ones, or the model takes padded ones."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,10 +160,14 @@ def test_the_states_under_the_head_are_asked_for_once_and_not_their_logits() -> 
 
 
 def test_adapters_under_and_on_the_head() -> None:
-    """A frozen head gets no gradient; one with an adapter goes the long way."""
+    """A frozen head gets no gradient, one beside an adapter has its own; one with an adapter goes the long way."""
     pairs = pairs_of(4)
-    for targets, has_head in ((["q_proj", "down_proj"], True), (["q_proj", "lm_head"], False)):
-        model = get_peft_model(model_of("qwen2"), LoraConfig(r=2, target_modules=targets))
+    cases: tuple[tuple[list[str], list[str] | None, bool], ...] = (
+        (["q_proj", "down_proj"], None, True), (["q_proj"], ["lm_head"], True), (["q_proj", "lm_head"], None, False)
+    )  # fmt: skip
+    for targets, whole, has_head in cases:
+        options = LoraConfig(r=2, target_modules=targets, modules_to_save=whole)
+        model = get_peft_model(model_of("qwen2"), options)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(weight, std=0.1)
@@ -170,7 +175,8 @@ def test_adapters_under_and_on_the_head() -> None:
         assert (packed.head is not None) == has_head
         expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
         found = graded(packed, pack(pairs), LOSSES[0], model)
-        assert all("lora" in name for name in found[2])
+        assert all("lora" in name or "lm_head.modules_to_save" in name for name in found[2])
+        assert any("modules_to_save" in name for name in found[2]) == (whole is not None)
         assert_same(found, expected)
 
 
@@ -203,6 +209,32 @@ def test_half_precision_is_as_near_as_that_of_padded_pairs() -> None:
     assert found[1].chosen.dtype == torch.float32
     assert (found[1].chosen - exact).abs().max() <= 2 * (other[1].chosen - exact).abs().max() + 0.05
     assert all(each.dtype == torch.bfloat16 for each in found[2].values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "cohere"])
+def test_fp16_has_the_gradients_of_all_logits_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a loss that is a millionth of a step's, whose slopes fp16 would round to nothing; but not beyond its range."""
+    model, batch, totals = model_of(kind), pack(pairs_of(6, seed=3)), StepTotals(10**6, 10**6)
+    exact, objective = scorers(model)[0], make_objective(LOSSES[0])
+    monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", 20 * 512)
+
+    def forward(**inputs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.float16):
+            return model(**inputs)
+
+    def gradient(scorer: Scorer, scale: float) -> Tensor:
+        loss, _ = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
+        model.zero_grad()
+        (loss * scale).backward()
+        return torch.cat([each.grad.flatten() for each in model.parameters()]) / scale
+
+    half, _ = make_scorer(forward, model, CONFIG, torch.float16, CPU)
+    assert half.head is not None
+    expected = gradient(exact, 1.0)
+    for scale in (2.0**8, 2.0**12, 2.0**16):
+        at_once = gradient(replace(half, head=None), scale)
+        assert (gradient(half, scale) - expected).norm() <= 1.2 * (at_once - expected).norm()
+    assert not gradient(half, 2.0**60).isfinite().all()
 
 
 def test_answers_that_begin_alike_share_their_tokens_and_both_score_them() -> None:
