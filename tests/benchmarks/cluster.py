@@ -32,7 +32,7 @@ SHAPE = {
 }  # fmt: skip
 WARM_UP = 2
 """Steps that do not count."""
-GLOBAL_BATCH, MICRO_BATCH = 8, 4
+MICRO_BATCH = 4
 LONG, SHORT = (120, 140), (10, 10)
 """Median words of a prompt and of a completion: of steps that take a while, and of pairs that are soon prepared."""
 SIZES = (1_000, 10_000, 100_000)
@@ -45,12 +45,15 @@ Job = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*MEASURES, []], help="all when not given")
-    parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM_UP} of warm-up")
+    parser.add_argument("--steps", type=int, default=8, help=f"measured, after {WARM_UP} of warm-up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="of the one worker of `overhead`")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[8, 16], help="pairs in a step of `scaling`"
+    )
     parser.add_argument("--engines", nargs="+", default=["plain", "zero1", "zero2"], help="of `scaling`")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="pairs of `first-step`")
-    parser.add_argument("--quick", action="store_true", help="one repeat, the plain engine")
+    parser.add_argument("--quick", action="store_true", help="one repeat, the plain engine, 16 pairs")
     parser.add_argument("--out", help="where the measurements go as JSON")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -59,7 +62,7 @@ def main() -> None:
         print(json.dumps(ARMS[job["arm"]](job)))
         return
     if given.quick:
-        given.repeats, given.engines = 1, ["plain"]
+        given.repeats, given.engines, given.batches = 1, ["plain"], [16]
     found: dict[str, list[Job]] = {}
     with tempfile.TemporaryDirectory(prefix="cl-") as folder:
         for what in given.what or MEASURES:
@@ -267,15 +270,15 @@ ARMS = {
 # --- Steps ---
 
 
-def prepared(given: argparse.Namespace, folder: Path) -> Job:
+def prepared(given: argparse.Namespace, folder: Path, global_batch: int = 8) -> Job:
     """A job over pairs that suffice for every step."""
     steps = given.steps + WARM_UP
     job = {
-        "folder": str(folder / "long"), "engine": "plain", "workers": 1, "threads": 1, "steps": steps,
-        "global_batch": GLOBAL_BATCH, "micro_batch": MICRO_BATCH,
+        "folder": str(folder / str(global_batch)), "engine": "plain", "workers": 1, "threads": 1, "steps": steps,
+        "global_batch": global_batch, "micro_batch": MICRO_BATCH,
     }  # fmt: skip
     if not Path(job["folder"]).exists():
-        write_inputs(Path(job["folder"]), steps * GLOBAL_BATCH, LONG)
+        write_inputs(Path(job["folder"]), steps * global_batch, LONG)
         in_processes({**job, "arm": "prepare"})
     return job
 
@@ -309,12 +312,14 @@ def overhead_table(found: list[Job]) -> str:
 
 
 def scaling(given: argparse.Namespace, folder: Path) -> list[Job]:
-    job = prepared(given, folder)
     found = []
-    for engine in given.engines:
-        for repeat, arm in turns(["one", "two"], given.repeats):
-            workers = {"one": 1, "two": 2}[arm]
-            found += in_processes({**job, "engine": engine, "arm": arm, "repeat": repeat, "workers": workers})
+    for global_batch in given.batches:
+        job = prepared(given, folder, global_batch)
+        for engine in given.engines:
+            for repeat, arm in turns(["one", "two"], given.repeats):
+                mine = {**job, "engine": engine, "arm": arm, "repeat": repeat}
+                found += in_processes({**mine, "workers": 2 if arm == "two" else 1})
+    job = prepared(given, folder, given.batches[0])
     for repeat, arm in turns(["bare", "apart"], given.repeats):
         mine = {**job, "arm": arm, "repeat": repeat}
         found.append(slowest(in_processes(*[mine] * (2 if arm == "apart" else 1))))
@@ -327,21 +332,25 @@ def slowest(found: Sequence[Job]) -> Job:
 
 
 def scaling_table(found: list[Job]) -> str:
-    lines = ["| engine | 1 worker, s | 2 workers, s | times as fast (range) |", "|---|---|---|---|"]
-    engines = dict.fromkeys(each["engine"] for each in found if each["arm"] in ("one", "two"))
-    rows = [(engine, engine, "one", "two", 1) for engine in engines]
-    for label, engine, alone, together, work in [
-        *rows,
-        ("two loops, each with all", "plain", "bare", "apart", 2),
-    ]:
-        here = [each for each in found if each["engine"] == engine and each["arm"] in (alone, together)]
+    lines = [
+        "| engine | pairs per step | 1 worker, s | 2 workers, s | times as fast (range) |",
+        "|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, int], list[Job]] = {}
+    for each in found:
+        engine = each["engine"] if each["arm"] in ("one", "two") else "two loops, each with all"
+        groups.setdefault((engine, each["global_batch"]), []).append(each)
+    for (engine, global_batch), here in groups.items():
         check_losses(here)
+        alone, together, work = (
+            ("one", "two", 1) if here[0]["arm"] in ("one", "two") else ("bare", "apart", 2)
+        )
         cells = [
             f"{statistics.median(seconds(each) for each in here if each['arm'] == arm):.3f}"
             for arm in (alone, together)
         ]
         gains = shown([work * gain for gain in ratios(here, alone, together)])
-        lines.append(f"| {label} | {' | '.join(cells)} | {gains} |")
+        lines.append(f"| {engine} | {global_batch} | {' | '.join(cells)} | {gains} |")
     return "\n".join(lines)
 
 
