@@ -100,7 +100,7 @@ def estimate(
     """The peak of a step of several micro-batches with AdamW.
 
     `tokens` are those of a micro-batch that are computed, `scored` the completion tokens among them; `zero_stage` is
-    None for the plain engine. Without `chunked_head`, and in stage 3, all logits of a micro-batch are there at once.
+    None for the plain engine. Without `chunked_head` all logits of a micro-batch are there at once.
     """
     stage = zero_stage or 0
     precision: Precision = "single" if not is_half else "half" if stage else "autocast"
@@ -111,7 +111,6 @@ def estimate(
         gradients += HALF * trained  # as they come, before they are added up
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
-    chunked_head = chunked_head and stage < 3
     if reduction and chunked_head:  # the buffer of logits stays
         reduction += SINGLE * min(scored * size.vocabulary, head.CHUNK_ELEMENTS[device])
     host = 0

@@ -46,14 +46,12 @@ class Outline:
                 adapted = attach_lora(model, given.lora, seed=0)
                 trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
         is_packed = given.layout != "padded" and obstacle_of(model, given) is None
-        is_sharded = config.engine.kind == "zero" and config.engine.zero_stage == 3
-        is_fp16 = compute_dtype(given, architecture) == torch.float16
         return cls(
             architecture,
             parameters,
             trainable,
             costs_of(architecture, layout_of(architecture, is_packed=is_packed)),
-            is_packed and not is_sharded and not is_fp16 and head_of(model) is not None,
+            is_packed and head_of(model) is not None,
         )
 
 
