@@ -6,6 +6,7 @@ in a row of their own: the values are those of the padded layout (prefix sharing
 Shape suffixes: T tokens of the packed row, Q queries, K keys, H heads, G heads of keys and values, D head size.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from transformers.masking_utils import sdpa_mask
 NAME = "ray_prefopt_packed"
 Segments = tuple[tuple[int, int, int], ...]
 """Of each pair the tokens that are shared, chosen, and rejected."""
+TILE = 256
+"""Queries that torch's kernel for CPUs gets at once: it skips keys behind a query in steps of 512 alone."""
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_attention(
@@ -44,6 +49,11 @@ def packed_attention(
     ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {' and no '.join(unknown)}")
+    if query.device.type == "cpu" and sliding_window is None:
+        if torch.is_autocast_enabled("cpu"):  # as it is for torch's own attention
+            query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
+        out: Tensor = _Tiled.apply(query, key, value, segments, scaling)  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2), None
     lengths = [sum(segment) for segment in segments]
     outs = []
     for (shared, chosen, rejected), q, k, v in zip(
@@ -71,6 +81,62 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible_QK, is_causal=visible_QK is None, scale=scaling, enable_gqa=True
     )
+
+
+class _Tiled(torch.autograd.Function):
+    """By tiles of queries, without masks or copies of keys. What a tile gets of several runs of keys is merged by their
+    log-sum-exp; the backward pass over one run needs of the others nothing but the merged output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
+    ) -> Tensor:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for own, before in _tiles(segments):
+            q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
+            found = flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
+            out_tile.copy_(found[0])
+            lse_tile.copy_(found[1])
+            for keys in before:
+                of_keys, lse_of_keys = flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
+                out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
+                torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = (torch.empty_like(each) for each in (query, key, value))
+        for own, before in _tiles(ctx.segments):
+            of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
+            for keys in (own, *before):
+                of_keys = key[:, :, keys], value[:, :, keys]
+                d_q, d_k, d_v = flash_backward(
+                    *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=ctx.scale
+                )
+                if keys is own:  # which no tile before it has seen
+                    d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = d_q, d_k, d_v
+                else:
+                    d_query[:, :, own] += d_q
+                    d_key[:, :, keys] += d_k
+                    d_value[:, :, keys] += d_v
+        return d_query, d_key, d_value, None, None
+
+
+def _tiles(segments: Segments) -> Iterator[tuple[slice, list[slice]]]:
+    """Some queries, which see the keys at their own places causally, and the runs of keys before them that all see."""
+    base = 0
+    for shared, chosen, rejected in segments:
+        first, end = base + shared + chosen, base + shared + chosen + rejected
+        for start in range(base, first, TILE):
+            yield slice(start, min(start + TILE, first)), [slice(base, start)] if start > base else []
+        for start in range(first, end, TILE):
+            runs = (slice(base, base + shared), slice(first, start))
+            yield slice(start, min(start + TILE, end)), [run for run in runs if run.start < run.stop]
+        base = end
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -25,6 +25,8 @@ from ray_prefopt.config import ModelConfig
 from ray_prefopt.errors import ModelError, suggest
 from ray_prefopt.model.adapters import ADAPTER_FILE, attach_lora, attach_saved, read_adapter
 from ray_prefopt.model.hub import first_line, why_missing, why_not_loaded, without_bars
+from ray_prefopt.model.lean import keep_less
+from ray_prefopt.model.onednn import use_onednn
 from ray_prefopt.model.quantization import check_quantization, is_quantized, loading_options, prepared
 
 CPU = torch.device("cpu")
@@ -180,6 +182,10 @@ def load_model(
         model = _pretrained(config, architecture, options)
     if quantized:
         model = model.dequantize(dtype) if dequantize else prepared(model)
+    if config.compile is None:  # which does the same, and more
+        if device.type == "cpu":
+            use_onednn(model)
+        keep_less(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:

@@ -16,6 +16,7 @@ from ray_prefopt.errors import ModelError
 from ray_prefopt.losses import head as head_module
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.model import attention as attention_module
 from ray_prefopt.model.attention import NAME, packed_attention
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.layout import make_scorer, obstacle_of
@@ -357,6 +358,31 @@ def test_a_head_that_does_more_than_it_says_is_left_to_the_model() -> None:
 
     found, reason = make_scorer(capped, model, CONFIG, torch.float32, CPU)
     assert (found.is_packed, found.head, reason) == (True, None, None)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("tile", [1, 3, 128])
+def test_tiles_are_the_attention_of_whole_rows(
+    tile: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window wider than any pair asks for the same in another way: by masks over whole rows."""
+    monkeypatch.setattr(attention_module, "TILE", tile)
+    segments = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4))
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 37, width, 16, dtype=torch.float64, generator=random).transpose(1, 2).requires_grad_()
+        for width in (heads, groups, groups)
+    )
+    upstream = torch.randn(1, 37, heads, 16, dtype=torch.float64, generator=random)
+    found = []
+    for window in (None, 99):
+        out, _ = packed_attention(
+            nn.Identity(), query, key, value, None, segments=segments, scaling=0.3, sliding_window=window
+        )
+        assert out.is_contiguous()
+        found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_what_attention_would_leave_out_is_refused() -> None:
