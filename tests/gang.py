@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def run_gang(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]
         ]
         for process in gang:
             process.start()
-        found = dict(results.get() for _ in gang)
+        found = dict(pickle.loads(results.get()) for _ in gang)
         for process in gang:
             process.join()
     for is_error, value in (found[rank] for rank in range(world_size)):
@@ -47,10 +48,11 @@ def _rank_main(
     dist.init_process_group(
         "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=world_size
     )
+    # Pickled here: a queue would hand on the memory of tensors, which ends with this process.
     try:
-        results.put((rank, (False, work(*args))))
+        results.put(pickle.dumps((rank, (False, work(*args)))))
     except Exception as error:
         error.add_note(f"rank {rank}: {traceback.format_exc()}")
-        results.put((rank, (True, error)))
+        results.put(pickle.dumps((rank, (True, error))))
     # Without a barrier: after an error the others may be anywhere.
     os._exit(0)
