@@ -6,7 +6,6 @@ is elementwise work alone (Liger Kernel, Hsu et al. 2024, does so in Triton).
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,16 +21,10 @@ def keep_less(model: nn.Module) -> None:
     found: dict[type, bool] = {}
     for module in model.modules():
         forms = _lean_forms(module)
-        if not forms or not found.get(type(module), True):
-            continue
-        exchange = partial(_exchange, forms)
-        if type(module) in found:
-            exchange()
-        else:
-            found[type(module)] = _is_same(module, exchange)
-            if not found[type(module)]:
-                for part in forms:
-                    del part.forward
+        if forms and type(module) not in found:
+            found[type(module)] = _are_same(module, forms)
+        if forms and found[type(module)]:
+            _exchange(forms)
 
 
 Forms = dict[nn.Module, Callable[..., Tensor]]
@@ -53,8 +46,8 @@ def _exchange(forms: Forms) -> None:
 
 
 @torch.no_grad()
-def _is_same(module: nn.Module, exchange: Callable[[], None]) -> bool:
-    """Whether a module gives the same before and after, with small random weights in place of its own: to the bit in
+def _are_same(module: nn.Module, forms: Forms) -> bool:
+    """Whether a module gives the same with these forms, with small random weights in place of its own: to the bit in
     half precision, and up to the order of sums in fp32."""
     width, random = 8, torch.Generator().manual_seed(0)
     shapes = {
@@ -64,10 +57,20 @@ def _is_same(module: nn.Module, exchange: Callable[[], None]) -> bool:
     weights = {name: torch.randn(shape, generator=random, device="cpu") for name, shape in shapes.items()}
     x = torch.randn(3, width, generator=random, device="cpu")
     inputs = [(weights, x), ({name: each.bfloat16() for name, each in weights.items()}, x.bfloat16())]
-    before = [functional_call(module, *each) for each in inputs]
-    exchange()
-    single, half = (functional_call(module, *each) for each in inputs)
-    return torch.allclose(single, before[0], rtol=1e-5, atol=1e-5) and torch.equal(half, before[1])
+    own = {part: part.__dict__["forward"] for part in forms if "forward" in part.__dict__}
+    module.train()  # where dropout is on, it shows
+    with torch.random.fork_rng(devices=[]):
+        try:
+            single, half = (functional_call(module, *each) for each in inputs)
+            _exchange(forms)
+            lean_single, lean_half = (functional_call(module, *each) for each in inputs)
+            return torch.allclose(lean_single, single, rtol=1e-5, atol=1e-5) and torch.equal(lean_half, half)
+        except (TypeError, RuntimeError):  # it is called in another way
+            return False
+        finally:
+            for part in forms:
+                part.__dict__.pop("forward", None)
+                part.__dict__.update({"forward": own[part]} if part in own else {})
 
 
 def _epsilon(norm: Any) -> float | None:

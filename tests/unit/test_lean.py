@@ -173,6 +173,16 @@ def test_what_computes_something_else_under_the_same_names_stays_as_it_is() -> N
         def forward(self, x: Tensor) -> Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
-    odd = nn.Sequential(OddRMSNorm(), OddMLP(), OddMLP(), OddRMSNorm())
+    class GatedRMSNorm(OddRMSNorm):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * gate
+
+    class DroppingMLP(OddMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(
+                self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), 0.5
+            )
+
+    odd = nn.Sequential(OddRMSNorm(), OddMLP(), OddMLP(), OddRMSNorm(), GatedRMSNorm(), DroppingMLP()).eval()
     keep_less(odd)
     assert not [each for each in odd.modules() if "forward" in each.__dict__]
