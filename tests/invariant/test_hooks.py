@@ -318,7 +318,7 @@ def test_pairs_can_be_changed_before_they_become_tensors(inputs: Inputs, tmp_pat
     config = inputs.config(loss={"kind": "simpo", "cpo_alpha": 0.0})
     plain = _evaluated(job_of(inputs, config, tmp_path)).record
     other = _evaluated(job_of(inputs, config, tmp_path, repack=swapped)).record
-    assert other["eval_rewards/margins"] == pytest.approx(-plain["eval_rewards/margins"], rel=1e-5)
+    assert other["eval_rewards/margins"] == pytest.approx(-plain["eval_rewards/margins"], abs=2e-6)
     records, _ = worked(job_of(inputs, config, tmp_path, repack=swapped))
     before, _ = worked(job_of(inputs, config, tmp_path / "plain"))
     assert records[0]["rewards/margins"] == pytest.approx(-before[0]["rewards/margins"], rel=1e-4)
