@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test soak bench check lint unit format clean
+.PHONY: install demo test soak bench bench-full check lint unit format clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,12 @@ soak: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.step --quick
+
+bench-full: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.step --arms trl padded unshared shared packed --out step.json
+	$(BIN)/python -m tests.benchmarks.cluster --out cluster.json
+	$(BIN)/python -m tests.benchmarks.tokens --out tokens.json
+	$(BIN)/python -m tests.benchmarks.balance
 
 check: lint unit
 

@@ -105,6 +105,7 @@ def estimate(
     stage = zero_stage or 0
     precision: Precision = "single" if not is_half else "half" if stage else "autocast"
     trained, shard = size.trained, -(-size.trained // world_size)
+    tiled = device == "cpu" and chunked_head
     weights = _width(precision) * size.parameters
     gradients = SINGLE * (shard if stage >= 2 else trained)
     if stage == 1 and is_half:
@@ -124,7 +125,7 @@ def estimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activation_bytes(size, tokens, precision, checkpointing=checkpointing),
+        activations=activation_bytes(size, tokens, precision, checkpointing=checkpointing, tiled=tiled),
         head=_head_bytes(size, scored, chunked=chunked_head, is_half=is_half, device=device),
         working=working,
         reduction=reduction,
@@ -132,29 +133,31 @@ def estimate(
     )
 
 
-def activation_bytes(size: ModelSize, tokens: int, precision: Precision, *, checkpointing: bool) -> int:
+def activation_bytes(
+    size: ModelSize, tokens: int, precision: Precision, *, checkpointing: bool, tiled: bool = False
+) -> int:
     """What all layers keep of a micro-batch; with checkpointing their inputs, and all of the one that is recomputed.
 
-    Besides, the gradients of what is in the layer that the backward pass is at: of its MLP and of the states around it.
+    Besides, what the backward pass makes in the layer that it is at: of its MLP the activation and three gradients, and
+    those of the states around it.
     """
     width = HALF if precision == "half" else SINGLE
-    layer = layer_bytes(size, precision)
+    layer = layer_bytes(size, precision, tiled=tiled)
     kept = width * size.hidden * size.layers + layer if checkpointing else layer * size.layers
-    return tokens * (kept + 2 * width * (size.hidden + size.intermediate))
+    return tokens * (kept + 2 * width * (size.hidden + 2 * size.intermediate))
 
 
-def layer_bytes(size: ModelSize, precision: Precision) -> int:
+def layer_bytes(size: ModelSize, precision: Precision, *, tiled: bool = False) -> int:
     """What autograd keeps per token and layer.
 
-    Each of two norms: its input and what it is before the gain, of which it computes in fp32, and its output, which the
-    linear layers keep; attention: queries, keys, values, its output, and that once more in the order of o_proj, and
-    keys and values again for the rejected completion; the MLP: gate, its activation, up, and their product.
+    Each of two norms: its input, and its output, which the linear layers keep; attention: queries, keys, values and its
+    output, and, unless it is `tiled`, that once more in the order of o_proj, and keys and values again for the rejected
+    completion; the MLP: gate and up, and if it may have an adapter the gate's activation and the product of both.
     """
-    norm = {"single": 3 * SINGLE, "half": SINGLE + 2 * HALF, "autocast": 3 * SINGLE + HALF}[precision]
-    attention = 3 * size.hidden + 4 * size.key_value
-    return 2 * norm * size.hidden + (SINGLE if precision == "single" else HALF) * (
-        attention + 4 * size.intermediate
-    )
+    norm = {"single": 2 * SINGLE, "half": 2 * HALF, "autocast": 2 * SINGLE + HALF}[precision]
+    attention = 2 * (size.hidden + size.key_value) if tiled else 3 * size.hidden + 4 * size.key_value
+    mlp = (2 if size.trainable is None else 4) * size.intermediate
+    return 2 * norm * size.hidden + (SINGLE if precision == "single" else HALF) * (attention + mlp)
 
 
 def _width(precision: Precision) -> int:
@@ -178,7 +181,8 @@ def _of_engine(
     """What an engine holds throughout, and what only when gradients are reduced.
 
     DeepSpeed reserves a bucket and the next one beforehand; on a CPU memory is taken when it is written to, and nothing
-    overlaps. From stage 2 on a rank has its new gradients beside the sum, and all in one piece for the step.
+    overlaps. From stage 2 on a rank has its new gradients beside the sum, and all in one piece for the step; in stage 3
+    the bucket fills while there are activations.
     """
     copies = HALF * size.parameters if precision == "autocast" else 0
     if zero_stage is None:
@@ -187,4 +191,6 @@ def _of_engine(
     bucket = _width(precision) * min(size.trained, BUCKET)
     if device == "cuda" and zero_stage:
         return gathered + 2 * bucket, 0
-    return copies + gathered, bucket + (2 * SINGLE * shard if zero_stage >= 2 else 0)
+    if zero_stage == 3:
+        return copies + gathered + bucket, 2 * SINGLE * shard
+    return copies + gathered, bucket + (2 * SINGLE * shard if zero_stage == 2 else 0)

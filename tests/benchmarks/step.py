@@ -1,7 +1,9 @@
 """Speed and memory of the training step, beside TRL's CPOTrainer: the same model, pairs, order, optimizer and threads.
 
 Every measurement is a process of its own; the arms take turns, and what is reported are medians of the ratios of
-neighbours. An arm whose losses are not those of TRL reports nothing.
+neighbours. Every optimizer step is of 8 pairs, in micro-batches of 1 to 8. An arm whose losses are not those of TRL
+reports nothing. Useful is what the arithmetic needs: layers and attention of tokens that are there once, the head at
+scored positions, forward and backward, as a share of the fastest matrix product of this machine.
 
     python -m tests.benchmarks.step --quick
     python -m tests.benchmarks.step --shape smollm2-135m --profiles alpaca --pairs my_pairs.jsonl --out speed.json
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ ARMS = {
 }
 LOSS = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.5}
 MAX_LENGTH = 1024
+GLOBAL_BATCH = 8
+"""Pairs of an optimizer step."""
 EXACT = 1e-4
 """Largest difference of a loss from TRL's."""
 
@@ -53,7 +58,10 @@ def main() -> None:
     parser.add_argument(
         "--pairs", help="JSON lines with prompt, chosen and rejected, instead of made-up words"
     )
-    parser.add_argument("--micro", nargs="+", type=int, default=[1, 2, 4, 8], help="pairs in a micro-batch")
+    sizes = [1, 2, 4, 8]
+    parser.add_argument(
+        "--micro", nargs="+", type=int, choices=sizes, default=sizes, help="pairs in a micro-batch"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["trl", "packed"])
     parser.add_argument("--steps", type=int, default=6, help="measured, after two of warm-up")
     parser.add_argument("--repeats", type=int, default=3)
@@ -75,7 +83,7 @@ def main() -> None:
                     "folder": f"{folder}/{profile}", "shape": given.shape, "profile": profile, "micro": micro,
                     "steps": given.steps, "threads": given.threads, "pairs": given.pairs,
                 }  # fmt: skip
-                prepare(job, max(given.micro))
+                prepare(job)
                 for repeat in range(given.repeats):
                     for arm in given.arms if repeat % 2 == 0 else reversed(given.arms):
                         measurements.append(in_a_process({**job, "arm": arm, "repeat": repeat}))
@@ -97,8 +105,8 @@ def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
 # --- What all arms share ---
 
 
-def prepare(job: dict[str, Any], largest: int) -> None:
-    """Pairs as text, a tokenizer and random weights; the pairs suffice for the largest micro-batch."""
+def prepare(job: dict[str, Any]) -> None:
+    """Pairs as text, a tokenizer and random weights."""
     import numpy as np
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -108,14 +116,16 @@ def prepare(job: dict[str, Any], largest: int) -> None:
         return
     folder.mkdir()
     vocabulary = SHAPES[job["shape"]]["vocab_size"]
-    count = (job["steps"] + 2) * largest
+    count = (job["steps"] + 2) * GLOBAL_BATCH
     if job["pairs"]:
-        rows = [json.loads(line) for line in Path(job["pairs"]).read_text().splitlines()][:count]
+        rows = [json.loads(line) for line in Path(job["pairs"]).read_text().splitlines()]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocabulary - 2, special_tokens=["<eos>", "<pad>"])
-        tokenizer.train_from_iterator([str(row) for row in rows], trainer)
+        texts = (row[name] for row in rows for name in ("prompt", "chosen", "rejected"))
+        tokenizer.train_from_iterator(texts, trainer)
+        rows = rows[:count]
     else:
         rng = np.random.default_rng(0)
         prompt, completion = PROFILES[job["profile"]]
@@ -152,11 +162,27 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     meter = Meter()
     losses = (_trl if job["arm"] == "trl" else _ours)(job, meter)
+    seconds = sum(meter.seconds[2:])
     return {
         "losses": losses,
-        "pairs_per_second": job["micro"] / statistics.median(meter.seconds[2:]),
+        "pairs_per_second": GLOBAL_BATCH * job["steps"] / seconds,
         "peak_bytes": meter.peak_bytes(),
+        "useful": sum(meter.useful_flops[2:]) / seconds / gemm_peak() if meter.useful_flops else None,
     }
+
+
+def gemm_peak() -> float:
+    """Multiplications and additions per second of the fastest of some square matrix products."""
+    import torch
+
+    best = 0.0
+    for width in (512, 1024, 2048):
+        one, other, out = (torch.randn(width, width) for _ in range(3))
+        for _ in range(10):
+            begun = time.perf_counter()
+            torch.mm(one, other, out=out)
+            best = max(best, 2 * width**3 / (time.perf_counter() - begun))
+    return best
 
 
 class Meter:
@@ -164,6 +190,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.useful_flops: list[float] = []
         self._weights = 0
         self._begun = 0.0
 
@@ -201,7 +228,8 @@ def _trl(job: dict[str, Any], meter: Meter) -> list[float]:
             model=AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32),
             args=CPOConfig(
                 out, **LOSS, max_length=MAX_LENGTH, max_steps=job["steps"] + 2,
-                per_device_train_batch_size=job["micro"], gradient_accumulation_steps=1, learning_rate=1e-4,
+                per_device_train_batch_size=job["micro"], gradient_accumulation_steps=GLOBAL_BATCH // job["micro"],
+                learning_rate=1e-4,
                 train_sampling_strategy="sequential", bf16=False, gradient_checkpointing=False, use_cpu=True,
                 report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
             ),
@@ -255,22 +283,44 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
         scorer = replace(scorer, head=None)
     if arm == "unshared":
         collate._common = lambda *_: 0
-    objective = make_objective(SimPOLoss(beta=2.0, gamma_beta_ratio=0.5, cpo_alpha=0.5))
+    loss = SimPOLoss(beta=2.0, gamma_beta_ratio=0.5, cpo_alpha=0.5, nll_average="micro_batch")
+    objective = make_objective(loss)
     meter.loaded(module)
     losses = []
     for step in range(job["steps"] + 2):
-        ids = range(step * micro, (step + 1) * micro)
+        ids = np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        micro_ids = np.split(ids, GLOBAL_BATCH // micro)
         meter.begin()
-        here = [pairs[index] for index in ids]
-        batch = collate.collate(here, pad_id=1) if arm == "padded" else collate.pack(here)
-        totals = StepTotals(micro, sum(len(pair.chosen) - pair.chosen_start for pair in here))
-        metrics = MetricSums()
-        train_step(
-            engine, StepInput(step, totals, [batch], [np.array(ids)]), objective, metrics, scorer=scorer
+        groups = [[pairs[index] for index in group] for group in micro_ids]
+        make = partial(collate.collate, pad_id=1) if arm == "padded" else collate.pack
+        batches = [make(group) for group in groups]
+        totals = StepTotals(
+            GLOBAL_BATCH, sum(len(pair.chosen) - pair.chosen_start for group in groups for pair in group)
         )
+        metrics = MetricSums()
+        train_step(engine, StepInput(step, totals, batches, micro_ids), objective, metrics, scorer=scorer)
         losses.append(metrics.reduce()["loss"])
         meter.end()
+        meter.useful_flops.append(sum(useful_flops(module, collate.pack(group)) for group in groups))
     return losses
+
+
+def useful_flops(model: Any, batch: Any) -> float:
+    """Of forward and backward: 6 for each weight of a layer and token, or of the head and scored position; 12 for each
+    number of a query and key that it sees."""
+    config = model.config
+    layers = sum(
+        weight.numel() for name, weight in model.named_parameters() if ".layers." in name and weight.dim() > 1
+    )
+    seen = sum(
+        (shared + chosen) ** 2 / 2 + rejected * (shared + rejected / 2)
+        for shared, chosen, rejected in batch.segments
+    )
+    return (
+        6 * layers * batch.num_tokens
+        + 6 * config.hidden_size * config.vocab_size * len(batch.predicts_U)
+        + 12 * config.num_hidden_layers * config.hidden_size * seen
+    )
 
 
 # --- What came out ---
@@ -279,8 +329,8 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
 def table(measurements: list[dict[str, Any]], arms: list[str]) -> str:
     """Of each profile and micro-batch, and of the best micro-batch of each arm: medians, and their ratios to TRL's."""
     lines = [
-        "| profile | pairs | arm | pairs/s | of TRL's (range) | peak MiB | of TRL's |",
-        "|---|---|---|---|---|---|---|",
+        "| profile | pairs | arm | pairs/s | of TRL's (range) | useful | peak MiB | of TRL's |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for profile in dict.fromkeys(each["profile"] for each in measurements):
         of_profile = [each for each in measurements if each["profile"] == profile]
@@ -294,6 +344,7 @@ def table(measurements: list[dict[str, Any]], arms: list[str]) -> str:
                 speed = _median(of_profile, arm, at[arm], "pairs_per_second")
                 peak = _median(of_profile, arm, at[arm], "peak_bytes") / 2**20
                 ratio, memory = "", ""
+                useful = "" if arm == "trl" else f"{_median(of_profile, arm, at[arm], 'useful'):.2f}"
                 if "trl" in at:
                     _check(of_profile, arm, at[arm])
                     ratios = [
@@ -306,7 +357,7 @@ def table(measurements: list[dict[str, Any]], arms: list[str]) -> str:
                     memory = f"{peak * 2**20 / _median(of_profile, 'trl', at['trl'], 'peak_bytes'):.2f}"
                 shown = f"{name} ({at[arm]})" if name == "best" else name
                 lines.append(
-                    f"| {profile} | {shown} | {arm} | {speed:.2f} | {ratio} | {peak:.0f} | {memory} |"
+                    f"| {profile} | {shown} | {arm} | {speed:.2f} | {ratio} | {useful} | {peak:.0f} | {memory} |"
                 )
     return "\n".join(lines)
 

@@ -78,16 +78,19 @@ def test_what_is_offloaded_is_on_the_host() -> None:
 
 
 def test_activations_of_a_layer() -> None:
-    # fp32: two norms of 3 x 4 numbers; queries, output twice: 3 x 4; keys and values twice: 4 x 2; the MLP: 4 x 8
-    assert layer_bytes(TOY, "single") == 4 * (24 + 12 + 8 + 32) == 36 * 4 + 16 * 2 + 16 * 8
-    # half: a norm has 4 numbers in fp32 and 8 in half
-    assert layer_bytes(TOY, "half") == 2 * (16 + 16) + 2 * (12 + 8 + 32) == 22 * 4 + 8 * 2 + 8 * 8
+    # fp32: two norms of 2 x 4 numbers; queries, output twice: 3 x 4; keys and values twice: 4 x 2; the MLP: 2 x 8
+    assert layer_bytes(TOY, "single") == 4 * (16 + 12 + 8 + 16) == 28 * 4 + 16 * 2 + 8 * 8
+    assert layer_bytes(TOY, "half") == 2 * (16 + 12 + 8 + 16) == 14 * 4 + 8 * 2 + 4 * 8
     # autocast: a norm as in fp32, and its output in half besides
-    assert layer_bytes(TOY, "autocast") == 2 * (48 + 8) + 2 * (12 + 8 + 32)
+    assert layer_bytes(TOY, "autocast") == 2 * (32 + 8) + 2 * (12 + 8 + 16)
+    # by tiles, queries, keys, values and output once; with adapters, all of the MLP
+    assert layer_bytes(TOY, "single", tiled=True) == 4 * (16 + 2 * 4 + 2 * 2 + 16)
+    adapted = ModelSize(**{**vars(TOY), "trainable": 40})
+    assert layer_bytes(adapted, "single") == 4 * (16 + 12 + 8 + 32)
 
 
 def test_checkpointing_keeps_inputs_and_one_layer() -> None:
-    layer, gradients = layer_bytes(TOY, "half"), 2 * (2 * 4 + 2 * 8)
+    layer, gradients = layer_bytes(TOY, "half"), 2 * (2 * 4 + 4 * 8)
     assert activation_bytes(TOY, 5, "half", checkpointing=False) == 5 * (3 * layer + gradients)
     assert activation_bytes(TOY, 5, "half", checkpointing=True) == 5 * (3 * 2 * 4 + layer + gradients)
 
@@ -231,7 +234,11 @@ def test_all_logits_at_once_where_they_are_not_made_in_chunks(tmp_path: Path) ->
     assert of(scored=5, chunked_head=False).head == 2 * 2 * 50 + 2 * 4 * 50
     assert of(scored=5).head == of(scored=5, zero_stage=3).head == (4 + 2 * 2) * 50 + 4 * 40
     size = ModelSize(148160, 64, 2, 512, 128, 64)
-    for layout, dtype, stage in (("padded", "float32", 0), ("packed", "float16", 0), ("packed", "float32", 3)):
+    for layout, dtype, stage in (
+        ("padded", "float32", 0),
+        ("packed", "float16", 0),
+        ("packed", "float32", 3),
+    ):
         found = estimate(
             size, tokens=2048, scored=2048, zero_stage=stage, world_size=2, is_half=dtype == "float16",
             chunked_head=layout == "packed", device="cpu",
