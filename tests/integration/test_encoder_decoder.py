@@ -32,6 +32,7 @@ def translations(count: int, start: int = 0) -> Dataset:
     )
 
 
+@pytest.mark.soak
 def test_t5_trains_resumes_and_evaluates(tmp_path: Path, ray_local: None) -> None:
     model_folder = save_tiny_model(tmp_path / "model", "t5")
     rows, held_out = translations(16), translations(5, start=50)

@@ -67,6 +67,7 @@ def test_quickstart(tmp_path: Path, ray_local: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_simpo_on_ultrafeedback(tmp_path: Path, ray_local: None) -> None:
     row = {
         "prompt": "Is ice cold?",
@@ -86,6 +87,7 @@ def test_simpo_on_ultrafeedback(tmp_path: Path, ray_local: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_cpo_for_translation(tmp_path: Path, ray_local: None) -> None:
     result = train(example("translation_cpo.yaml", tmp_path, *on_cpu(tmp_path)))
     assert result.model is not None

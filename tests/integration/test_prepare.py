@@ -367,7 +367,7 @@ def test_of_two_drivers_the_first_one_s_blocks_stay(make: Make, monkeypatch: pyt
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_drivers_at_once_both_succeed(make: Make, tmp_path: Path, tokenizer: str) -> None:
     rows = [row(f"q{i}", "r", "s") for i in range(50)]
     write_lines("a.jsonl", *rows)
