@@ -21,8 +21,8 @@ Segments = tuple[tuple[int, int, int], ...]
 """Of each pair the tokens that are shared, chosen, and rejected."""
 TILE = 256
 """Queries that torch's kernel for CPUs gets at once: it skips keys behind a query in steps of 512 alone."""
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_attention(
@@ -95,11 +95,11 @@ class _Tiled(torch.autograd.Function):
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for own, before in _tiles(segments):
             q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
-            found = flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
+            found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
             out_tile.copy_(found[0])
             lse_tile.copy_(found[1])
             for keys in before:
-                of_keys, lse_of_keys = flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
+                of_keys, lse_of_keys = _flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
                 out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
                 torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
         ctx.save_for_backward(query, key, value, out, lse)
@@ -114,7 +114,7 @@ class _Tiled(torch.autograd.Function):
             of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
             for keys in (own, *before):
                 of_keys = key[:, :, keys], value[:, :, keys]
-                d_q, d_k, d_v = flash_backward(
+                d_q, d_k, d_v = _flash_backward(
                     *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=ctx.scale
                 )
                 if keys is own:  # which no tile before it has seen

@@ -15,6 +15,9 @@ from torch.func import functional_call
 
 from ray_prefopt.model.onednn import gradients, layer_forward, linear
 
+Forms = dict[nn.Module, Callable[..., Tensor]]
+"""What takes the place of the forward of a module, and of its parts."""
+
 
 def keep_less(model: nn.Module) -> None:
     """Exchange, in place, the forward of each norm and MLP for its lean form, where that is found to give the same."""
@@ -25,9 +28,6 @@ def keep_less(model: nn.Module) -> None:
             found[type(module)] = _are_same(module, forms)
         if forms and found[type(module)]:
             _exchange(forms)
-
-
-Forms = dict[nn.Module, Callable[..., Tensor]]
 
 
 def _lean_forms(module: Any) -> Forms:
@@ -70,7 +70,8 @@ def _are_same(module: nn.Module, forms: Forms) -> bool:
         finally:
             for part in forms:
                 part.__dict__.pop("forward", None)
-                part.__dict__.update({"forward": own[part]} if part in own else {})
+            for part, forward in own.items():
+                part.__dict__["forward"] = forward
 
 
 def _epsilon(norm: Any) -> float | None:

@@ -86,16 +86,20 @@ def main() -> None:
                 prepare(job)
                 for repeat in range(given.repeats):
                     for arm in given.arms if repeat % 2 == 0 else reversed(given.arms):
-                        measurements.append(in_a_process({**job, "arm": arm, "repeat": repeat}))
+                        found = in_a_process({**job, "arm": arm, "repeat": repeat}, threads=given.threads)
+                        measurements.append(found)
                         print(json.dumps(measurements[-1]), file=sys.stderr)
     print(table(measurements, given.arms))
     if given.out:
         Path(given.out).write_text(json.dumps(measurements, indent=1))
 
 
-def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tests.benchmarks.step", "--arm", json.dumps(job)]
+def in_a_process(
+    job: dict[str, Any], module: str = "tests.benchmarks.step", threads: int = 1
+) -> dict[str, Any]:
+    """A job, and what the `--arm` of a benchmark finds; threads of tokenizers would run where another is measured."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", module, "--arm", json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-PROFILES = {"ultrafeedback": (110, 260), "chat": (280, 130), "long-prompt": (600, 100)}
-"""Median words of a prompt and of a completion, as in tests.benchmarks.step."""
+from tests.benchmarks.step import PROFILES, in_a_process
+
 ARMS = {
     "raw": "`encode_batch`, a process for each core",
     "blocks": "files to blocks, on Ray Data",
@@ -81,21 +80,12 @@ def main() -> None:
             job["tokens_per_pair"] = prepare(job, given.pairs)
             for repeat in range(given.repeats):
                 for arm in given.arms if repeat % 2 == 0 else reversed(given.arms):
-                    measurements.append(in_a_process({**job, "arm": arm, "repeat": repeat}))
+                    found = in_a_process({**job, "arm": arm, "repeat": repeat}, "tests.benchmarks.tokens")
+                    measurements.append(found)
                     print(json.dumps(measurements[-1]), file=sys.stderr)
     print(table(measurements))
     if given.out:
         Path(given.out).write_text(json.dumps(measurements, indent=1))
-
-
-def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    # Threads of tokenizers would run where another process is measured.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tests.benchmarks.tokens", "--arm", json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return {**job, **json.loads(done.stdout.splitlines()[-1])}
 
 
 # --- What all arms share ---
