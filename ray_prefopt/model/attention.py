@@ -7,11 +7,14 @@ Shape suffixes: T tokens of the packed row, Q queries, K keys, H heads, G heads 
 """
 
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -49,9 +52,12 @@ def packed_attention(
     ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {' and no '.join(unknown)}")
-    if query.device.type == "cpu" and sliding_window is None:
-        if torch.is_autocast_enabled("cpu"):  # as it is for torch's own attention
-            query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as it is for torch's own attention
+        query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
+    if _takes_runs(query, value):
+        return _in_one_call(query, key, value, segments, scaling, sliding_window), None
+    if kind == "cpu" and sliding_window is None:
         out: Tensor = _Tiled.apply(query, key, value, segments, scaling)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2), None
     lengths = [sum(segment) for segment in segments]
@@ -81,6 +87,96 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, wi
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=visible_QK, is_causal=visible_QK is None, scale=scaling, enable_gqa=True
     )
+
+
+# --- On a GPU, in half precision ---
+
+
+class _Runs(NamedTuple):
+    """What sees what: of each pair a run of shared and chosen tokens, and one of rejected tokens."""
+
+    ends_of_queries: Tensor
+    """0, and where each run ends; int32."""
+    ends_of_keys: Tensor
+    """The same of keys, which are the shared tokens and those of the run: a rejected one has the shared ones again."""
+    longest: tuple[int, int]
+    """Queries and keys of a run."""
+    tokens_K: Tensor
+    """The tokens that the keys are of."""
+    first_T: Tensor
+    """The first key of each token."""
+    again: Tensor
+    """The keys whose tokens have come before."""
+
+
+@lru_cache(maxsize=2)
+def _runs(segments: Segments, device: torch.device) -> _Runs:
+    """Once for all layers, without waiting for the device."""
+    runs = []
+    base = 0
+    for shared, chosen, rejected in segments:
+        first, own = shared + chosen, np.arange(base, base + shared + chosen + rejected)
+        runs += [(first, own[:first]), (rejected, np.concatenate([own[:shared], own[first:]]))]
+        base += len(own)
+    runs = [(queries, keys) for queries, keys in runs if queries]
+    lengths = np.array([(queries, len(keys)) for queries, keys in runs])
+    ends = np.concatenate([[[0, 0]], lengths.cumsum(0)]).astype(np.int32)
+    tokens = np.concatenate([keys for _, keys in runs])
+    _, first_keys = np.unique(tokens, return_index=True)
+    again = np.setdiff1d(np.arange(len(tokens)), first_keys)
+    tensors = [torch.from_numpy(each.copy()) for each in (*ends.T, tokens, first_keys, again)]
+    if device.type == "cuda":
+        tensors = [each.pin_memory().to(device, non_blocking=True) for each in tensors]
+    longest = lengths.max(0).tolist()
+    return _Runs(tensors[0], tensors[1], (longest[0], longest[1]), *tensors[2:])
+
+
+def _takes_runs(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's kernel for runs of any lengths takes this: FlashAttention 2, on GPUs since Ampere."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and torch.version.cuda is not None
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and width == value.shape[-1]
+        and width <= 256
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _in_one_call(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None
+) -> Tensor:
+    """(1, T, H, D), by a kernel whose queries belong to the last keys of their run."""
+    runs = _runs(segments, query.device)
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    own_key, own_value = (_SharedAgain.apply(each, runs) for each in (key, value))  # type: ignore[no-untyped-call]
+    out: Tensor = varlen_attn(  # type: ignore[assignment]
+        query.contiguous(), own_key, own_value, runs.ends_of_queries, runs.ends_of_keys, *runs.longest, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+    )  # fmt: skip
+    return out[None]
+
+
+class _SharedAgain(torch.autograd.Function):
+    """Keys or values in the order of runs, (K, G, D) from (T, G, D). By a gather whose gradient is a gather and a sum
+    over distinct places, the same each time; that of indexing is by atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, of_tokens: Tensor, runs: _Runs) -> Tensor:
+        ctx.runs = runs
+        return of_tokens.index_select(0, runs.tokens_K)
+
+    @staticmethod
+    def backward(ctx: Any, d_keys: Tensor) -> tuple[Tensor, None]:
+        runs = ctx.runs
+        d_tokens = d_keys.index_select(0, runs.first_T)
+        shared = runs.tokens_K.index_select(0, runs.again)
+        return d_tokens.index_add_(0, shared, d_keys.index_select(0, runs.again)), None
+
+
+# --- On a CPU ---
 
 
 class _Tiled(torch.autograd.Function):

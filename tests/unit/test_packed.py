@@ -385,6 +385,68 @@ def test_tiles_are_the_attention_of_whole_rows(
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, ends_of_queries: Tensor, ends_of_keys: Tensor, *_: int,
+    scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch's `varlen_attn` says it does: run by run, whose queries belong to the last keys."""
+    outs = []
+    bounds = [ends.tolist() for ends in (ends_of_queries, ends_of_keys)]
+    for begin, end, first, last in zip(*(part for ends in bounds for part in (ends, ends[1:])), strict=False):
+        q, k, v = query[begin:end], key[first:last], value[first:last]
+        behind = torch.arange(last - first) - torch.arange(begin - end, 0)[:, None] - (last - first)
+        left, right = window_size
+        hidden = behind > right if left < 0 else (behind > right) | (behind < -left)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=bias, scale=scale, enable_gqa=enable_gqa
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.fixture
+def taking_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in half precision, whose kernel is spelt out."""
+    monkeypatch.setattr(attention_module, "_takes_runs", lambda *_: True)
+    monkeypatch.setattr(attention_module, "varlen_attn", by_hand)
+
+
+@pytest.mark.usefixtures("taking_runs")
+@pytest.mark.parametrize("kind", PACKED)
+def test_runs_in_one_call_have_the_loss_and_gradient_of_padded_pairs(kind: str) -> None:
+    model = model_of(kind)
+    odd = [TokenizedPair([5, 6, 7], [5, 6], 1, 1), TokenizedPair([5, 6], [7, 8], 0, 0)]
+    pairs = [*odd, *pairs_of(4, seed=3)]
+    packed, padded = scorers(model)
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+
+
+@pytest.mark.usefixtures("taking_runs")
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+def test_runs_in_one_call_see_what_runs_one_by_one_see(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4))
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 37, 16, dtype=torch.float64, generator=random).requires_grad_()
+        for heads in (6, 2, 2)
+    )
+    upstream = torch.randn(1, 37, 6, 16, dtype=torch.float64, generator=random)
+    found = []
+    for takes_runs in (True, False):
+        monkeypatch.setattr(attention_module, "_takes_runs", lambda *_, it=takes_runs: it)
+        out, _ = packed_attention(
+            nn.Identity(), query, key, value, None, segments=segments, scaling=0.3, sliding_window=window
+        )
+        found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_what_attention_would_leave_out_is_refused() -> None:
     states = torch.zeros(1, 2, 3, 4)
     others: dict[str, Any] = {"softcap": 2.0, "s_aux": torch.zeros(2), "dropout": 0.1}
