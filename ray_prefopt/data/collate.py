@@ -87,6 +87,8 @@ class PackedBatch(_Tensors):
     """The same in a tensor, pair by pair."""
     predicting: tuple[int, ...]
     """Predicting positions of each pair."""
+    unread: tuple[int, ...]
+    """Shared tokens of each pair before the first that predicts."""
 
     def chosen_rows(self) -> list[Tensor]:
         """The inputs of each pair's chosen side, (T,) each."""
@@ -111,13 +113,13 @@ def pack(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PackedBatch:
     >>> batch = pack([pair])
     >>> batch.input_ids_T.tolist(), batch.position_ids_T.tolist()
     ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3])
-    >>> batch.segments, batch.scored
-    (((2, 1, 2),), ((2, 3),))
+    >>> batch.segments, batch.scored, batch.unread
+    (((2, 1, 2),), ((2, 3),), (1,))
     >>> batch.predicts_U.tolist(), batch.source_S.tolist(), batch.targets_S.tolist()
     ([1, 2, 3, 4], [0, 1, 0, 2, 3], [3, 9, 4, 5, 9])
     """
     ids, positions, predicts, targets = [], [], [], []
-    segments, scored, predicting = [], [], []
+    segments, scored, predicting, unread = [], [], [], []
     base = 0
     for pair in pairs:
         chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
@@ -134,6 +136,7 @@ def pack(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PackedBatch:
         segments.append((shared, len(body) - shared, len(other) - shared))
         scored.append((len(of_chosen), len(of_rejected)))
         predicting.append(len(np.union1d(of_chosen, of_rejected)))
+        unread.append(min(*starts, shared + 1) - 1)
         base += len(body) + len(other) - shared
     predicts_U, source_S = np.unique(np.concatenate(predicts), return_inverse=True)
     return PackedBatch(
@@ -147,6 +150,7 @@ def pack(pairs: Sequence[TokenizedPair], *, weight: float = 1.0) -> PackedBatch:
         scored=tuple(scored),
         scored_2B=torch.tensor(scored).flatten(),
         predicting=tuple(predicting),
+        unread=tuple(unread),
     )
 
 

@@ -38,11 +38,13 @@ def packed_attention(
     segments: Segments | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    unread: tuple[int, ...] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of a row of pairs, (1, T, H, D), from `query` (1, H, T, D), `key` and `value` (1, G, T, D).
 
-    Without `segments` it is transformers' `sdpa`. Raises NotImplementedError for what it would have to leave out.
+    Nothing is read of what comes for the first `unread` tokens of each pair. Without `segments` it is transformers'
+    `sdpa`. Raises NotImplementedError for what it would have to leave out.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
@@ -58,7 +60,7 @@ def packed_attention(
     if _takes_runs(query, value):
         return _in_one_call(query, key, value, segments, scaling, sliding_window), None
     if kind == "cpu" and sliding_window is None:
-        out: Tensor = _Tiled.apply(query, key, value, segments, scaling)  # type: ignore[no-untyped-call]
+        out: Tensor = _Tiled.apply(query, key, value, segments, scaling, unread)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2), None
     lengths = [sum(segment) for segment in segments]
     outs = []
@@ -185,11 +187,18 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        scale: float | None,
+        unread: tuple[int, ...] | None,
     ) -> Tensor:
-        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        new = torch.empty_like if unread is None else torch.zeros_like
+        out = new(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for own, before in _tiles(segments):
+        for own, before in _tiles(segments, unread):
             q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
             found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
             out_tile.copy_(found[0])
@@ -199,14 +208,14 @@ class _Tiled(torch.autograd.Function):
                 out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
                 torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(each) for each in (query, key, value))
-        for own, before in _tiles(ctx.segments):
+        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
+        for own, before in _tiles(ctx.segments, ctx.unread):
             of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
             for keys in (own, *before):
                 of_keys = key[:, :, keys], value[:, :, keys]
@@ -219,15 +228,15 @@ class _Tiled(torch.autograd.Function):
                     d_query[:, :, own] += d_q
                     d_key[:, :, keys] += d_k
                     d_value[:, :, keys] += d_v
-        return d_query, d_key, d_value, None, None
+        return d_query, d_key, d_value, None, None, None
 
 
-def _tiles(segments: Segments) -> Iterator[tuple[slice, list[slice]]]:
+def _tiles(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[tuple[slice, list[slice]]]:
     """Some queries, which see the keys at their own places causally, and the runs of keys before them that all see."""
     base = 0
-    for shared, chosen, rejected in segments:
+    for (shared, chosen, rejected), skipped in zip(segments, unread or [0] * len(segments), strict=True):
         first, end = base + shared + chosen, base + shared + chosen + rejected
-        for start in range(base, first, TILE):
+        for start in range(base + skipped, first, TILE):
             yield slice(start, min(start + TILE, first)), [slice(base, start)] if start > base else []
         for start in range(first, end, TILE):
             runs = (slice(base, base + shared), slice(first, start))

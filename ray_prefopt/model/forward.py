@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ray_prefopt.data.collate import PackedBatch, PairBatch
 from ray_prefopt.losses.head import Found, Head, PairLoss, Scored, one_pass, score
 from ray_prefopt.losses.logps import PairLogps, token_logps
+from ray_prefopt.model.last_layer import Read
 
 ForwardFn = Callable[..., Any]
 Batch = PairBatch | PackedBatch
@@ -46,6 +47,8 @@ class Scorer:
     """What `forward` calls in the end; needed with a head."""
     head: Head | None = None
     """Of the model, where its gradient can be had in one pass with the logits; packed batches alone use it."""
+    reads_alone: bool = False
+    """Whether the last layer of the model takes what is read of packed batches, as `read_alone` says."""
 
     def logps(self, batch: Batch) -> PairLogps:
         """Log-probabilities of both completions of each pair."""
@@ -53,7 +56,7 @@ class Scorer:
             return pair_logps(self.forward, batch, keep_logits=self.keep_logits)
         head = self.head
         if head is None or torch.is_grad_enabled():
-            return _packed_logps(self.forward, batch)
+            return self._all_logps(batch)
         found = Found(_scored(batch))
         self._in_head(batch, head, lambda hidden_UD: score(hidden_UD, head, found))
         return found.logps()
@@ -93,8 +96,26 @@ class Scorer:
             head.linear.register_forward_hook(keep),
             self.model.register_forward_hook(hand_out, prepend=True),
         ):
-            output: Tensor = self.forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U).logits
+            output: Tensor = self.forward(**self._inputs(batch), logits_to_keep=batch.predicts_U).logits
         return output
+
+    def _all_logps(self, batch: PackedBatch) -> PairLogps:
+        """With all logits at once: a position that predicts two tokens comes twice."""
+        output = self.forward(**self._inputs(batch), logits_to_keep=batch.predicts_U[batch.source_S])
+        logps_S, logits_S = token_logps(output.logits.squeeze(0), batch.targets_S)
+        return PairLogps.of_tokens(logps_S, logits_S, batch.scored_2B)
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        read = {"read": Read(batch.predicts_U, batch.unread)} if self.reads_alone else {}
+        return {
+            "input_ids": batch.input_ids_T[None],
+            "position_ids": batch.position_ids_T[None],
+            # transformers hands a mask of four dimensions on as it is, and makes one of the positions otherwise.
+            "attention_mask": batch.input_ids_T.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            "segments": batch.segments,
+            "use_cache": False,
+            **read,
+        }
 
 
 @contextmanager
@@ -144,24 +165,6 @@ def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True
 def _row_sums(values_S: Tensor, mask_RD: Tensor) -> Tensor:
     """Sum of each row's values, (R,). A scatter and a row sum, since index_add is not deterministic on CUDA."""
     return torch.zeros(mask_RD.shape, device=values_S.device).masked_scatter(mask_RD, values_S).sum(1)
-
-
-def _packed_logps(forward: ForwardFn, batch: PackedBatch) -> PairLogps:
-    """The same of packed pairs, with all logits at once: a position that predicts two tokens comes twice."""
-    output = forward(**_packed_inputs(batch), logits_to_keep=batch.predicts_U[batch.source_S])
-    logps_S, logits_S = token_logps(output.logits.squeeze(0), batch.targets_S)
-    return PairLogps.of_tokens(logps_S, logits_S, batch.scored_2B)
-
-
-def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids_T[None],
-        "position_ids": batch.position_ids_T[None],
-        # transformers hands a mask of four dimensions on as it is, and makes one of the positions otherwise.
-        "attention_mask": batch.input_ids_T.new_ones(1, 1, 1, 1, dtype=torch.bool),
-        "segments": batch.segments,
-        "use_cache": False,
-    }
 
 
 def _scored(batch: PackedBatch) -> Scored:

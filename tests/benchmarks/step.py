@@ -36,7 +36,8 @@ ARMS = {
     "padded": "logits at scored positions only",
     "unshared": "and no padding",
     "shared": "and shared prompts",
-    "packed": "and the head in one pass",
+    "headed": "and the head in one pass",
+    "packed": "and the last layer where it is read",
 }
 LOSS = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.5}
 MAX_LENGTH = 1024
@@ -283,6 +284,8 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
         device=cpu,
     )
     scorer, _ = make_scorer(engine.forward, module, config, torch.float32, cpu)
+    if arm in ("unshared", "shared", "headed"):
+        scorer = replace(scorer, reads_alone=False)
     if arm in ("unshared", "shared"):
         scorer = replace(scorer, head=None)
     if arm == "unshared":
@@ -311,19 +314,25 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
 
 def useful_flops(model: Any, batch: Any) -> float:
     """Of forward and backward: 6 for each weight of a layer and token, or of the head and scored position; 12 for each
-    number of a query and key that it sees."""
+    number of a query and key that it sees. Of the last layer all but keys and values at scored positions."""
     config = model.config
-    layers = sum(
-        weight.numel() for name, weight in model.named_parameters() if ".layers." in name and weight.dim() > 1
-    )
-    seen = sum(
+    weights = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if f".layers.{config.num_hidden_layers - 1}." in name and weight.dim() > 1
+    }
+    kept = sum(size for name, size in weights.items() if "k_proj" in name or "v_proj" in name)
+    whole, read = sum(weights.values()), len(batch.predicts_U)
+    seen = [
         (shared + chosen) ** 2 / 2 + rejected * (shared + rejected / 2)
         for shared, chosen, rejected in batch.segments
-    )
+    ]
+    before = config.num_hidden_layers - 1
     return (
-        6 * layers * batch.num_tokens
-        + 6 * config.hidden_size * config.vocab_size * len(batch.predicts_U)
-        + 12 * config.num_hidden_layers * config.hidden_size * seen
+        6 * (before * whole + kept) * batch.num_tokens
+        + 6 * (whole - kept + config.hidden_size * config.vocab_size) * read
+        + 12 * config.hidden_size * (before + 1) * sum(seen)
+        - 12 * config.hidden_size * sum(unread**2 / 2 for unread in batch.unread)
     )
 
 

@@ -1,5 +1,6 @@
 """Packed pairs have the log-probabilities, losses and gradients of padded ones, or the model takes padded ones."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,7 @@ def test_loss_and_gradient_are_those_of_padded_pairs(kind: str) -> None:
     model, pairs = model_of(kind), pairs_of(6, seed=3)
     packed, padded = scorers(model)
     assert packed.head is not None
+    assert packed.reads_alone
     batch = pack(pairs)
     assert batch.num_tokens < sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     for config in LOSSES:
@@ -179,6 +181,53 @@ def test_adapters_under_and_on_the_head() -> None:
         assert all("lora" in name or "lm_head.modules_to_save" in name for name in found[2])
         assert any("modules_to_save" in name for name in found[2]) == (whole is not None)
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_last_layer_is_asked_where_something_is_read(recomputes: bool) -> None:
+    """Keys and values of all tokens, the rest of those that predict; also when it is computed again."""
+    model = model_of("qwen2").train()
+    packed, padded = scorers(model)
+    if recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    made: dict[str, set[int]] = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp"):
+        for index, layer in enumerate(model.model.layers):
+            places = made.setdefault(f"{index}.{name}", set())
+            layer.get_submodule(name).register_forward_hook(
+                lambda _, __, out, to=places: to.add(int(out.any(-1).sum()))
+            )
+    batch = pack(pairs_of(3))
+    tokens, read = batch.num_tokens, len(batch.predicts_U)
+    assert read < tokens
+    graded(packed, batch, LOSSES[0], model)
+    first, last = list(made.values())[::2], list(made.values())[1::2]
+    assert first == [{tokens}] * 5
+    assert last == [{read}, {tokens}, {tokens}, {read}, {read}]
+    rows = collate(pairs_of(3), pad_id=0)
+    padded.logps(rows)
+    assert last[-1] == {read, rows.input_ids_RT.numel()}
+
+
+def test_a_copy_of_the_model_has_a_last_layer_of_its_own() -> None:
+    model = model_of("llama")
+    scorers(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    packed, padded = scorers(copied)
+    pairs = pairs_of(3)
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], copied)
+    assert expected[0] > 0.1
+    assert_same(graded(packed, pack(pairs), LOSSES[0], copied), expected)
+
+
+def test_a_last_layer_that_is_not_found_computes_everything() -> None:
+    model = model_of("llama")
+    model.config.num_hidden_layers = 7
+    found, _ = make_scorer(model, model, CONFIG, torch.float32, CPU)
+    assert (found.is_packed, found.reads_alone) == (True, False)
 
 
 def test_tied_weights_get_the_gradient_of_both() -> None:
