@@ -64,6 +64,7 @@ def test_a_peft_model_goes_on_and_holds_the_trained_adapter(tmp_path: Path, ray_
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.soak
 def test_a_quantized_base_from_a_script_of_trl(model_folder: str, tmp_path: Path, ray_local: None) -> None:
     """With the arguments that trl.ModelConfig gives."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
