@@ -101,14 +101,15 @@ class _Runs(NamedTuple):
     """0, and where each run ends; int32."""
     ends_of_keys: Tensor
     """The same of keys, which are the shared tokens and those of the run: a rejected one has the shared ones again."""
-    longest: tuple[int, int]
-    """Queries and keys of a run."""
     tokens_K: Tensor
     """The tokens that the keys are of."""
     first_T: Tensor
     """The first key of each token."""
     again: Tensor
     """The keys whose tokens have come before."""
+    most_queries: int
+    """Of the longest run."""
+    most_keys: int
 
 
 @lru_cache(maxsize=2)
@@ -129,8 +130,8 @@ def _runs(segments: Segments, device: torch.device) -> _Runs:
     tensors = [torch.from_numpy(each.copy()) for each in (*ends.T, tokens, first_keys, again)]
     if device.type == "cuda":
         tensors = [each.pin_memory().to(device, non_blocking=True) for each in tensors]
-    longest = lengths.max(0).tolist()
-    return _Runs(tensors[0], tensors[1], (longest[0], longest[1]), *tensors[2:])
+    ends_of_queries, ends_of_keys, tokens_K, first_T, again_keys = tensors
+    return _Runs(ends_of_queries, ends_of_keys, tokens_K, first_T, again_keys, *lengths.max(0).tolist())
 
 
 def _takes_runs(query: Tensor, value: Tensor) -> bool:
@@ -155,8 +156,8 @@ def _in_one_call(
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
     own_key, own_value = (_SharedAgain.apply(each, runs) for each in (key, value))  # type: ignore[no-untyped-call]
     out: Tensor = varlen_attn(  # type: ignore[assignment]
-        query.contiguous(), own_key, own_value, runs.ends_of_queries, runs.ends_of_keys, *runs.longest, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+        query.contiguous(), own_key, own_value, runs.ends_of_queries, runs.ends_of_keys, runs.most_queries,
+        runs.most_keys, scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
     )  # fmt: skip
     return out[None]
 

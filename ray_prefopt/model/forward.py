@@ -47,8 +47,8 @@ class Scorer:
     """What `forward` calls in the end; needed with a head."""
     head: Head | None = None
     """Of the model, where its gradient can be had in one pass with the logits; packed batches alone use it."""
-    reads_alone: bool = False
-    """Whether the last layer of the model takes what is read of packed batches, as `read_alone` says."""
+    spares_unread: bool = False
+    """Whether the last layer of the model leaves out what nothing is read of, as after `spare_unread`."""
 
     def logps(self, batch: Batch) -> PairLogps:
         """Log-probabilities of both completions of each pair."""
@@ -106,7 +106,7 @@ class Scorer:
         return PairLogps.of_tokens(logps_S, logits_S, batch.scored_2B)
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
-        read = {"read": Read(batch.predicts_U, batch.unread)} if self.reads_alone else {}
+        read = {"read": Read(batch.predicts_U, batch.unread)} if self.spares_unread else {}
         return {
             "input_ids": batch.input_ids_T[None],
             "position_ids": batch.position_ids_T[None],

@@ -31,24 +31,24 @@ class _Pass:
     read: Read | None = None
 
 
-def read_alone(model: Any) -> bool:
+def spare_unread(model: Any) -> bool:
     """Make the last layer heed `read`, a keyword that models hand on to the attention of all layers; without it the
     layer does what it did. False if no attention is found in it."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == count]
     layer = lists[0][-1] if lists else None
-    attention: Any = _first(layer, "self_attn", "attn", "attention")
+    attention: Any = _part(layer, "self_attn", "attn", "attention")
     if attention is None:
         return False
     now = _Pass()
     attention.forward = partial(_attending, now, attention.forward)
-    for part in (_first(layer, "mlp"), _first(attention, "q_proj"), _first(attention, "o_proj")):
+    for part in (_part(layer, "mlp"), _part(attention, "q_proj"), _part(attention, "o_proj")):
         if part is not None:
             part.forward = partial(_where_read, now, part.forward)
     return True
 
 
-def _first(module: Any, *names: str) -> Any:
+def _part(module: Any, *names: str) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 

@@ -16,7 +16,7 @@ from ray_prefopt.errors import ModelError
 from ray_prefopt.losses.head import Head
 from ray_prefopt.model.attention import NAME
 from ray_prefopt.model.forward import ForwardFn, Scorer, base_of, keeps_logits
-from ray_prefopt.model.last_layer import read_alone
+from ray_prefopt.model.last_layer import spare_unread
 
 TOLERANCE = {torch.float32: 1e-3}
 """Nats per token by which two layouts may differ in rounding; 0.1 in half precision."""
@@ -42,8 +42,8 @@ def make_scorer(
         packed = Scorer(forward, is_packed=True)
         head = head_of(model)
         candidates = [packed] if head is None else [replace(packed, model=model, head=head), packed]
-        if read_alone(base):
-            candidates = [replace(each, reads_alone=True) for each in candidates] + candidates
+        if spare_unread(base):
+            candidates = [replace(each, spares_unread=True) for each in candidates] + candidates
         for candidate in candidates:
             obstacle = _difference(candidate, padded, model, dtype, device)
             if obstacle is None:

@@ -285,7 +285,7 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
     )
     scorer, _ = make_scorer(engine.forward, module, config, torch.float32, cpu)
     if arm in ("unshared", "shared", "headed"):
-        scorer = replace(scorer, reads_alone=False)
+        scorer = replace(scorer, spares_unread=False)
     if arm in ("unshared", "shared"):
         scorer = replace(scorer, head=None)
     if arm == "unshared":

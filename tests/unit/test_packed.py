@@ -1,9 +1,11 @@
 """Packed pairs have the log-probabilities, losses and gradients of padded ones, or the model takes padded ones."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -110,7 +112,7 @@ def test_loss_and_gradient_are_those_of_padded_pairs(kind: str) -> None:
     model, pairs = model_of(kind), pairs_of(6, seed=3)
     packed, padded = scorers(model)
     assert packed.head is not None
-    assert packed.reads_alone
+    assert packed.spares_unread
     batch = pack(pairs)
     assert batch.num_tokens < sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     for config in LOSSES:
@@ -227,7 +229,7 @@ def test_a_last_layer_that_is_not_found_computes_everything() -> None:
     model = model_of("llama")
     model.config.num_hidden_layers = 7
     found, _ = make_scorer(model, model, CONFIG, torch.float32, CPU)
-    assert (found.is_packed, found.reads_alone) == (True, False)
+    assert (found.is_packed, found.spares_unread) == (True, False)
 
 
 def test_tied_weights_get_the_gradient_of_both() -> None:
@@ -456,44 +458,74 @@ def by_hand(
 
 
 @pytest.fixture
-def taking_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """As on a GPU in half precision, whose kernel is spelt out."""
+    spelt_out = Mock(wraps=by_hand)
     monkeypatch.setattr(attention_module, "_takes_runs", lambda *_: True)
-    monkeypatch.setattr(attention_module, "varlen_attn", by_hand)
+    monkeypatch.setattr(attention_module, "varlen_attn", spelt_out)
+    return spelt_out
 
 
-@pytest.mark.usefixtures("taking_runs")
 @pytest.mark.parametrize("kind", PACKED)
-def test_runs_in_one_call_have_the_loss_and_gradient_of_padded_pairs(kind: str) -> None:
+def test_runs_in_one_call_have_the_loss_and_gradient_of_padded_pairs(kind: str, kernel: Mock) -> None:
     model = model_of(kind)
     odd = [TokenizedPair([5, 6, 7], [5, 6], 1, 1), TokenizedPair([5, 6], [7, 8], 0, 0)]
     pairs = [*odd, *pairs_of(4, seed=3)]
     packed, padded = scorers(model)
     expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    kernel.reset_mock()
     assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+    assert kernel.call_count == model.config.num_hidden_layers
 
 
-@pytest.mark.usefixtures("taking_runs")
-@pytest.mark.parametrize("window", [None, 1, 3, 6])
-def test_runs_in_one_call_see_what_runs_one_by_one_see(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def one_call_and_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, dtype: torch.dtype, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What attention gives by runs in one call and by masks, and the gradients of both."""
     segments = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4))
-    random = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(1, heads, 37, 16, dtype=torch.float64, generator=random).requires_grad_()
-        for heads in (6, 2, 2)
+    random = torch.Generator(device).manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(1, heads, 37, 64, dtype=dtype, device=device, generator=random) for heads in (6, 2, 2, 6)
     )
-    upstream = torch.randn(1, 37, 6, 16, dtype=torch.float64, generator=random)
+    inputs = [each.requires_grad_() for each in (query, key, value)]
     found = []
     for takes_runs in (True, False):
         monkeypatch.setattr(attention_module, "_takes_runs", lambda *_, it=takes_runs: it)
         out, _ = packed_attention(
-            nn.Identity(), query, key, value, None, segments=segments, scaling=0.3, sliding_window=window
+            nn.Identity(), *inputs, None, segments=segments, scaling=0.3, sliding_window=window
         )
-        found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
-    for one, other in zip(*found, strict=True):
+        found.append((out, *torch.autograd.grad(out, inputs, upstream.transpose(1, 2))))
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+def test_runs_in_one_call_see_what_runs_one_by_one_see(
+    window: int | None, kernel: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one, other in one_call_and_one_by_one(monkeypatch, window, torch.float64, "cpu"):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert kernel.call_count == 1
+
+
+def test_tiles_leave_out_the_queries_that_nothing_is_read_of() -> None:
+    """The rest, and the gradients of the rest, are those of all queries."""
+    segments, unread = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4)), (4, 0, 3, 3)
+    random = torch.Generator().manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(1, 2, 37, 16, dtype=torch.float64, generator=random) for _ in range(4)
+    )
+    left_out = torch.tensor([0, 1, 2, 3, 25, 26, 27, 30, 31, 32])
+    upstream[:, :, left_out] = 0
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    found = []
+    for spared in (None, unread):
+        out, _ = packed_attention(nn.Identity(), *inputs, None, segments=segments, unread=spared)
+        gradients = torch.autograd.grad(out, inputs, upstream.transpose(1, 2))
+        found.append((out.detach().transpose(1, 2), *gradients))
+    assert not found[1][0][:, :, left_out].any()
+    found[0][0][:, :, left_out] = 0
+    for whole, some in zip(*found, strict=True):
+        torch.testing.assert_close(some, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_what_attention_would_leave_out_is_refused() -> None:
