@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ray_prefopt.allocator import allocator
 from ray_prefopt.config import DataConfig, ModelConfig, Source
 from ray_prefopt.data.blocks import (
     BLOCK_SCHEMA,
@@ -55,6 +56,8 @@ from ray_prefopt.model.tokenizer import load_tokenizer
 
 CHUNK_ROWS = 1000
 CPUS_PER_READER = 16
+CPUS_PER_TASK = 0.66
+"""Less than it uses, so that another is at work while Ray Data, which takes a while, hands out the next."""
 NOTE_EVERY_S = 30.0
 DEAD_AFTER = timedelta(days=1)
 """Age from which an unfinished attempt at writing blocks is taken for dead."""
@@ -222,7 +225,11 @@ def _run(work: Sequence[Lane], job: TokenizeJob, chunk_rows: int) -> Iterator[Re
                 [{"lane": pickle.dumps(lane)} for lane in work], override_num_blocks=len(work)
             )
             .flat_map(partial(read_task, rows=chunk_rows), num_cpus=0, compute=TaskPoolStrategy(size=readers))
-            .map(partial(tokenize_task, job=job), num_cpus=1)
+            .map(
+                partial(tokenize_task, job=job),
+                num_cpus=CPUS_PER_TASK,
+                runtime_env={"env_vars": allocator()},
+            )
         )
         for row in results.iter_rows():
             result = pickle.loads(row["result"])

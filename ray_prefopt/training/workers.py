@@ -20,6 +20,7 @@ from ray._common.network_utils import parse_address  # type: ignore[attr-defined
 from ray._private.services import canonicalize_bootstrap_address
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
 
+from ray_prefopt.allocator import allocator
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ResourceError, TrainingError
 from ray_prefopt.training.controller import Trainer, Watch
@@ -169,7 +170,7 @@ def _environment(config: TrainConfig) -> dict[str, str]:
     return {
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(config.run.cpus_per_worker),
-        **({} if config.run.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+        **({} if config.run.use_gpu else {"DS_ACCELERATOR": "cpu", **allocator()}),
         **config.run.env_vars,
     }
 

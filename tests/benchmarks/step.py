@@ -18,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ray_prefopt.allocator import allocator
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -67,6 +70,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="measured, after two of warm-up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--allocator",
+        nargs="*",
+        choices=ARMS,
+        default=[arm for arm in ARMS if arm != "trl"],
+        help="arms with the allocator of our workers; all but TRL's when not given",
+    )
     parser.add_argument("--quick", action="store_true", help="8 pairs a micro-batch, one repeat")
     parser.add_argument("--out", help="where the measurements go as JSON")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -87,7 +97,11 @@ def main() -> None:
                 prepare(job)
                 for repeat in range(given.repeats):
                     for arm in given.arms if repeat % 2 == 0 else reversed(given.arms):
-                        found = in_a_process({**job, "arm": arm, "repeat": repeat}, threads=given.threads)
+                        found = in_a_process(
+                            {**job, "arm": arm, "repeat": repeat},
+                            threads=given.threads,
+                            variables=allocator() if arm in given.allocator else {},
+                        )
                         measurements.append(found)
                         print(json.dumps(measurements[-1]), file=sys.stderr)
     print(table(measurements, given.arms))
@@ -96,10 +110,15 @@ def main() -> None:
 
 
 def in_a_process(
-    job: dict[str, Any], module: str = "tests.benchmarks.step", threads: int = 1
+    job: dict[str, Any],
+    module: str = "tests.benchmarks.step",
+    threads: int = 1,
+    variables: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A job, and what the `--arm` of a benchmark finds; threads of tokenizers would run where another is measured."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **(variables or {}),
+    }  # fmt: skip
     command = [sys.executable, "-m", module, "--arm", json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

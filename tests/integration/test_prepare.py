@@ -22,6 +22,7 @@ from ray.data import DataContext, ExecutionResources
 from ray.exceptions import RayTaskError
 from transformers import NllbTokenizer
 
+from ray_prefopt.allocator import allocator
 from ray_prefopt.config import DataConfig, ModelConfig, TrainConfig
 from ray_prefopt.data import prepare as prepare_module
 from ray_prefopt.data.blocks import Blocks, read_block
@@ -206,6 +207,18 @@ def test_the_order_is_that_of_the_rows_however_many_cpus(make: Make, monkeypatch
 
     monkeypatch.setattr(prepare_module, "_run", backwards)
     assert texts(make("a-*.jsonl", chunk_rows=6)) == expected
+
+
+def test_tasks_have_our_allocator(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines("a.jsonl", row("p", "c", "r"))
+    library, tokenize = allocator().get("LD_PRELOAD", ""), prepare_module.tokenize_task
+
+    def checked(*args: Any, **options: Any) -> dict[str, Any]:
+        assert library in Path("/proc/self/maps").read_text()
+        return tokenize(*args, **options)
+
+    monkeypatch.setattr(prepare_module, "tokenize_task", checked)
+    assert texts(make("a.jsonl")) == ["p|c$|r$"]
 
 
 # --- when they are found ---

@@ -20,6 +20,7 @@ from transformers import (
 from trl.experimental.utils import DPODataCollatorWithPadding
 
 from ray_prefopt import CPOConfig, CPOTrainer
+from ray_prefopt.allocator import allocator
 from ray_prefopt.compat.batches import repacked
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ConfigError
@@ -61,6 +62,16 @@ class Notes(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         self.heard.append(f"end {state.global_step} of {state.max_steps}")
+
+
+class WithOurAllocator(TrainerCallback):
+    """Fails the run in a worker that has another one."""
+
+    def __init__(self) -> None:
+        self.preloaded = allocator().get("LD_PRELOAD", "")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        assert self.preloaded in Path("/proc/self/maps").read_text()
 
 
 class StopAtTwo(TrainerCallback):
@@ -189,7 +200,7 @@ def test_collator_optimizer_and_ray_train_configs(model_folder: str, tmp_path: P
         data_collator=Shorter(pad_token_id=tokenizer.pad_token_id),
         train_dataset=chats(8),
         processing_class=tokenizer,
-        callbacks=[StopAtTwo],
+        callbacks=[StopAtTwo, WithOurAllocator()],
         optimizers=(optimizer, schedule),
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
