@@ -112,8 +112,6 @@ def estimate(
         gradients += HALF * trained  # as they come, before they are added up
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
-    if reduction and chunked_head:  # the buffer of logits stays
-        reduction += SINGLE * min(scored * size.vocabulary, head.CHUNK_ELEMENTS[device])
     host = 0
     if stage == 3:
         weights = -(-weights // world_size)

@@ -1,17 +1,18 @@
 """Loss and gradient of the head and the log-probabilities above it in one pass, a chunk of logits at a time.
 
 The loss of a pair depends on the log-probabilities of its own completions alone, so that a chunk of whole pairs has
-all its gradient needs: forward and backward of a chunk take three matrix products and one buffer of logits, and the
-logits of two chunks are never held together (Liger Kernel, Hsu et al. 2024, does so for language modelling).
+all its gradient needs: forward and backward of a chunk take three matrix products and no second tensor of its size, and
+the logits of two chunks are never held together (Liger Kernel, Hsu et al. 2024, does so for language modelling).
 
 Shape suffixes: B pairs, U positions, S scored tokens, C positions of a chunk, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_prefopt.losses.logps import PairLogps
@@ -62,8 +63,8 @@ class Head:
     """W and b; with ZeRO 3 they are there only while it is called, so that a pass belongs into its forward."""
     scale: float = 1.0
     softcap: float | None = None
-    buffer: list[Tensor] = field(default_factory=list)
-    """Memory for the logits of a chunk, kept from one to the next: fresh pages cost a CPU more than the arithmetic."""
+    product: Callable[[Tensor, Tensor], Tensor] = F.linear
+    """As `F.linear`, without gradients: of states (C, D) and weights (V, D), and back."""
 
 
 def one_pass(hidden_UD: Tensor, head: Head, found: Found, pair_loss: PairLoss) -> Tensor:
@@ -136,6 +137,8 @@ class _Logits:
         self.weight_VD = weight_VD.to(hidden_UD.dtype)
         self._bias_V = None if bias_V is None else bias_V.detach().float()
         self._mean_D = weight_VD.mean(0, dtype=torch.float32)
+        self.product = head.product
+        """Of the head."""
         self._head, self._found, self._scored = head, found, found.scored
 
     def groups(self) -> Iterator[list[_Part]]:
@@ -143,8 +146,8 @@ class _Logits:
         return _groups(self._scored, max(1, limit))
 
     def score(self, part: _Part) -> tuple[Tensor, Tensor | None]:
-        """Note the log-probabilities and mean logits of a part; returns its probabilities, in the buffer, and the slope
-        of the cap if there is one."""
+        """Note the log-probabilities and mean logits of a part; returns its probabilities, and the slope of the cap if
+        there is one."""
         logits_CV, softcap = self._of(part), self._head.softcap
         source, targets = part.source(self._scored), self._scored.targets_S[part.tokens]
         picked = logits_CV[source, targets]
@@ -168,16 +171,9 @@ class _Logits:
         return d_logits_CV if cap_slope_CV is None else d_logits_CV.mul_(cap_slope_CV)
 
     def _of(self, part: _Part) -> Tensor:
-        """(C, V) in fp32, in the buffer."""
-        head, hidden_CD = self._head, self.hidden_UD[part.rows]
-        rows, vocabulary = len(hidden_CD), len(self.weight_VD)
-        if not head.buffer or head.buffer[0].numel() < rows * vocabulary:
-            head.buffer[:] = [torch.empty(rows * vocabulary, device=hidden_CD.device)]
-        logits_CV = head.buffer[0][: rows * vocabulary].view(rows, vocabulary)
-        if hidden_CD.dtype == torch.float32:
-            torch.mm(hidden_CD, self.weight_VD.T, out=logits_CV)
-        else:
-            logits_CV.copy_(hidden_CD @ self.weight_VD.T)
+        """(C, V) in fp32."""
+        head = self._head
+        logits_CV = self.product(self.hidden_UD[part.rows], self.weight_VD).float()
         if self._bias_V is not None:
             logits_CV += self._bias_V
         if head.scale != 1.0:
@@ -209,7 +205,7 @@ class _Gradients:
         logits, hidden_CD = self._logits, self._logits.hidden_UD[part.rows]
         if hidden_CD.dtype == torch.float32:
             d_logits_CV = logits.gradient(scores, part, slopes)
-            torch.mm(d_logits_CV, logits.weight_VD, out=self.hidden_UD[part.rows])
+            self.hidden_UD[part.rows] = logits.product(d_logits_CV, logits.weight_VD.T)
             if self.weight_VD is not None:
                 self.weight_VD.addmm_(d_logits_CV.T, hidden_CD)
             if self.bias_V is not None:
@@ -240,13 +236,13 @@ class _OnePass(torch.autograd.Function):
         logits = _Logits(hidden_UD, head, found)
         gradients = _Gradients(logits, weight_VD, bias_V)
         for parts in logits.groups():
-            for part in parts:
-                scores = logits.score(part)
+            for part in parts[:-1]:
+                logits.score(part)
+            scores: tuple[Tensor, Tensor | None] | None = logits.score(parts[-1])
             slopes_S = _slopes(found, pair_loss)
-            for part in parts:
-                if len(parts) > 1:  # the buffer holds the last one's
-                    scores = logits.score(part)
-                gradients.add(scores, part, slopes_S[part.tokens] * head.scale)
+            for part in reversed(parts):
+                gradients.add(scores or logits.score(part), part, slopes_S[part.tokens] * head.scale)
+                scores = None  # gone before there are others
         ctx.found = gradients.hidden_UD, gradients.weight_VD, gradients.bias_V
         ctx.dtypes = hidden_UD.dtype, weight_VD.dtype, weight_VD.dtype
         return pair_loss(found.logps()).detach()

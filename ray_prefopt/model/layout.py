@@ -17,6 +17,7 @@ from ray_prefopt.losses.head import Head
 from ray_prefopt.model.attention import NAME
 from ray_prefopt.model.forward import ForwardFn, Scorer, base_of, keeps_logits
 from ray_prefopt.model.last_layer import spare_unread
+from ray_prefopt.model.onednn import linear
 
 TOLERANCE = {torch.float32: 1e-3}
 """Nats per token by which two layouts may differ in rounding; 0.1 in half precision."""
@@ -94,7 +95,7 @@ def head_of(model: nn.Module) -> Head | None:
         return None
     text = base.config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-    return Head(module, float(scale), getattr(text, "final_logit_softcapping", None))
+    return Head(module, float(scale), getattr(text, "final_logit_softcapping", None), linear)
 
 
 @torch.no_grad()

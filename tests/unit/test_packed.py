@@ -1,6 +1,7 @@
 """Packed pairs have the log-probabilities, losses and gradients of padded ones, or the model takes padded ones."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from ray_prefopt.model import attention as attention_module
 from ray_prefopt.model.attention import NAME, packed_attention
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.layout import make_scorer, obstacle_of
+from ray_prefopt.model.onednn import linear
 from tests.parity.test_models import FAMILIES
 from tests.tiny import tiny_model
 from tests.unit.test_forward import MODELS, pairs_of
@@ -145,6 +147,29 @@ def test_chunks_change_nothing(kind: str, rows: int, monkeypatch: pytest.MonkeyP
     assert_same(graded(packed, batch, LOSSES[0], model), whole)
     with torch.no_grad():
         torch.testing.assert_close(packed.logps(batch).chosen, whole[1].chosen, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_logits_of_two_chunks_are_never_held_together(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of("qwen2"), pack(pairs_of(6, seed=3))
+    packed, _ = scorers(model)
+    monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", rows * 512)
+    made: list[weakref.ref[Tensor]] = []
+
+    def product(states: Tensor, weight: Tensor) -> Tensor:
+        out = linear(states, weight)
+        if len(weight) == 512:  # and not the way back
+            assert not [each for each in made if each() is not None]
+            made.append(weakref.ref(out))
+        return out
+
+    assert packed.head is not None
+    watched = replace(packed, head=replace(packed.head, product=product))
+    graded(watched, batch, LOSSES[0], model)
+    with torch.no_grad():
+        watched.logps(batch)
+    assert len(made) > 2
+    assert made[-1]() is None
 
 
 def test_a_cap_on_the_logits() -> None:
