@@ -15,6 +15,7 @@ from tests.unit.test_out_of_memory import Hungry
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+@pytest.mark.soak
 def test_micro_batches_become_smaller_while_steps_stay(
     straight: TrainResult, toy: Toy, capsys: pytest.CaptureFixture[str]
 ) -> None:

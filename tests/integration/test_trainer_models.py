@@ -41,6 +41,7 @@ def last_eval_loss(trainer: CPOTrainer) -> float:
     return [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record][-1]
 
 
+@pytest.mark.soak
 def test_a_peft_model_goes_on_and_holds_the_trained_adapter(tmp_path: Path, ray_local: None) -> None:
     model = adapted("mine", modules_to_save=["lm_head"])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
