@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ray_prefopt.model import onednn
 from ray_prefopt.model.lean import keep_less
 from ray_prefopt.model.onednn import use_onednn
 from tests.unit.test_packed import model_of
@@ -60,8 +61,9 @@ def test_values_are_equal_and_gradients_too(kind: str) -> None:
     assert_close(expected, found, 2e-6)
 
 
-def test_linear_layers_by_onednn() -> None:
+def test_linear_layers_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the head's; with biases, and in other precisions as torch does."""
+    monkeypatch.setattr(onednn, "IS_FASTER", True)
     model = model_of("qwen2")
     other = copy.deepcopy(model)
     use_onednn(other)
@@ -77,6 +79,13 @@ def test_linear_layers_by_onednn() -> None:
     assert_close(half[0][1], half[1][1], 0.0)
     half = gradients(model.bfloat16()), gradients(other.bfloat16())
     assert torch.equal(half[0][0], half[1][0])
+
+
+def test_linear_layers_stay_where_mkl_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "IS_FASTER", False)
+    model = model_of("qwen2")
+    use_onednn(model)
+    assert not [each for each in model.modules() if "forward" in each.__dict__]
 
 
 @pytest.mark.parametrize("is_autocast", [False, True])
