@@ -151,12 +151,12 @@ class _Logits:
         logits_CV, softcap = self._of(part), self._head.softcap
         source, targets = part.source(self._scored), self._scored.targets_S[part.tokens]
         picked = logits_CV[source, targets]
-        largest_C, at_C = logits_CV.max(-1)
+        largest_C = logits_CV.amax(-1)
         slope_CV = None if softcap is None else 1 - (logits_CV / softcap) ** 2
         self._found.means_S[part.tokens] = self._means(part, logits_CV)[source]
         # The log-sum-exp from the softmax, so that nothing else as large as the logits is ever needed.
         probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-        lse_C = largest_C - probs_CV.gather(1, at_C[:, None])[:, 0].log()
+        lse_C = largest_C - probs_CV.amax(-1).log()
         self._found.logps_S[part.tokens] = picked - lse_C[source]
         return probs_CV, slope_CV
 
