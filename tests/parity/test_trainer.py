@@ -250,6 +250,7 @@ def test_the_formulas_of_the_simpo_document(
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     assert metrics["rewards/chosen"] == pytest.approx(beta * means[0].mean().item(), rel=1e-5)
-    assert metrics["rewards/margins"] == pytest.approx(beta * (means[0] - means[1]).mean().item(), rel=1e-4)
+    margin = beta * (means[0] - means[1]).mean().item()
+    assert metrics["rewards/margins"] == pytest.approx(margin, abs=1e-5)  # of numbers around 20
     assert metrics["logps/rejected"] == pytest.approx(means[1].mean().item(), rel=1e-5)
     torch.testing.assert_close(trainer.simpo_loss(*means)[0], losses, rtol=1e-5, atol=1e-6)
