@@ -1,9 +1,10 @@
 """Speed and memory of the training step, beside TRL's CPOTrainer: the same model, pairs, order, optimizer and threads.
 
-Every measurement is a process of its own; the arms take turns, and what is reported are medians of the ratios of
-neighbours. Every optimizer step is of 8 pairs, in micro-batches of 1 to 8. An arm whose losses are not those of TRL
-reports nothing. Useful is what the arithmetic needs: layers and attention of tokens that are there once, the head at
-scored positions, forward and backward, as a share of the fastest matrix product of this machine.
+Every measurement is a process of its own, with the allocator that our workers have, but for TRL's (`--allocator`); the
+arms take turns, and what is reported are medians of the ratios of neighbours. Every optimizer step is of 8 pairs, in
+micro-batches of 1 to 8. An arm whose losses are not those of TRL reports nothing. Useful is what the arithmetic needs:
+layers and attention of tokens that are there once, the head at scored positions, forward and backward, as a share of
+the fastest matrix product of this machine.
 
     python -m tests.benchmarks.step --quick
     python -m tests.benchmarks.step --shape smollm2-135m --profiles alpaca --pairs my_pairs.jsonl --out speed.json
@@ -196,16 +197,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def gemm_peak() -> float:
-    """Multiplications and additions per second of the fastest of some square matrix products."""
+    """Multiplications and additions per second of the fastest of some square matrix products, by torch or as here."""
     import torch
+
+    from ray_prefopt.model.onednn import linear
 
     best = 0.0
     for width in (512, 1024, 2048):
-        one, other, out = (torch.randn(width, width) for _ in range(3))
-        for _ in range(10):
-            begun = time.perf_counter()
-            torch.mm(one, other, out=out)
-            best = max(best, 2 * width**3 / (time.perf_counter() - begun))
+        one, other = torch.randn(width, width), torch.randn(width, width)
+        for product in (torch.mm, linear):
+            for _ in range(10):
+                begun = time.perf_counter()
+                product(one, other)
+                best = max(best, 2 * width**3 / (time.perf_counter() - begun))
     return best
 
 
