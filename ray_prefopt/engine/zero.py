@@ -4,10 +4,9 @@ import io
 import logging
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -197,23 +197,19 @@ class ZeroEngine:
 def to_universal(folder: Path, out: Path) -> None:
     """Rewrite a checkpoint into DeepSpeed's universal format, which any number of ranks can load.
 
-    In a process of its own, since the converter starts workers. Raises CheckpointError.
+    Raises CheckpointError.
     """
-    converter = (
-        f"import {__name__}; from deepspeed.checkpoint import ds_to_universal as convert; "
-        "convert.main(convert.parse_arguments())"
-    )
-    folders = ["--input_folder", str(folder / TAG), "--output_folder", str(out / TAG)]
-    done = subprocess.run(
-        [sys.executable, "-c", converter, *folders, "--num_extract_workers", "1", "--num_merge_workers", "1",
-         "--inject_missing_state"],
-        capture_output=True, text=True, check=False,
+    arguments = Namespace(
+        input_folder=str(folder / TAG), output_folder=str(out / TAG), num_extract_workers=1, num_merge_workers=1,
+        inject_missing_state=True, keep_temp_folder=False, strict=True,
     )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    try:
+        with _quiet():
+            ds_to_universal.main(arguments)
+    except Exception as error:
         raise CheckpointError(
-            f"{folder}: DeepSpeed cannot convert it for another number of workers: {last[0]}"
-        )
+            f"{folder}: DeepSpeed cannot convert it for another number of workers ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _universal_weight(path: Path) -> Tensor:

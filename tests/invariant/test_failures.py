@@ -143,5 +143,5 @@ def test_engine_folders_that_cannot_be_loaded(inputs: Inputs, tmp_path: Path) ->
     assert torn.startswith(f"{tmp_path}/torn: DeepSpeed cannot load it (")
     converting = _text_of(partial(to_universal, tmp_path / "torn", tmp_path / "out"))
     assert converting.startswith(
-        f"{tmp_path}/torn: DeepSpeed cannot convert it for another number of workers: "
+        f"{tmp_path}/torn: DeepSpeed cannot convert it for another number of workers ("
     )
