@@ -66,6 +66,7 @@ def test_a_killed_worker(straight: TrainResult, toy: Toy) -> None:
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.soak
 def test_the_whole_run_interrupted_then_killed(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:
     """Each time by itself, with a Ray of its own: Ctrl-C, then SIGKILL to all of its processes, then to the end."""
     config = tmp_path / "config.yaml"

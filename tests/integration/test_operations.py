@@ -25,7 +25,7 @@ from tests.integration.test_train import records_of
 from tests.unit.test_dashboard import FILE as DASHBOARD
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-PATIENCE_S = 120
+PATIENCE_S = 300
 HELD_AT = 6
 OF_ACCIDENTS_AND_GPUS = re.compile(r"ray_(node_gpus|node_gram|node_manager_unexpected|memory_manager)_")
 

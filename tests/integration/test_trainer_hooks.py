@@ -97,6 +97,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.soak
 def test_callbacks_metrics_and_trackers(
     model_folder: str, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
