@@ -112,7 +112,12 @@ def script(name: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "flags", "weights"),
     [
-        ("cpo.py", ["--loss_type", "simpo", "--cpo_alpha", "0.05"], "model.safetensors"),
+        pytest.param(
+            "cpo.py",
+            ["--loss_type", "simpo", "--cpo_alpha", "0.05"],
+            "model.safetensors",
+            marks=pytest.mark.soak,
+        ),
         ("simpo.py", ["--use_peft", "--lora_r", "4", "--beta", "2.5"], "adapter_model.safetensors"),
     ],
 )

@@ -102,6 +102,7 @@ def test_a_finished_run_is_not_run_again(straight: TrainResult, toy: Toy) -> Non
     assert describe(toy.config())["run"]["state"] == "finished"
 
 
+@pytest.mark.soak
 def test_evaluation_of_checkpoint_and_model_agree(straight: TrainResult, toy: Toy) -> None:
     """A checkpoint brings its model, engine and loss along; the exported model is asked for the same loss."""
     expected = {name: value for name, value in straight.metrics.items() if name.startswith("eval_")}
@@ -117,6 +118,7 @@ def test_evaluation_of_checkpoint_and_model_agree(straight: TrainResult, toy: To
         assert (found.model, found.pairs) == (path, {"eval": 9})
 
 
+@pytest.mark.soak
 def test_the_command_line_does_the_same(straight: TrainResult, toy: Toy, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(dump_yaml(toy.config()))

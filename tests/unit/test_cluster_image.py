@@ -53,6 +53,7 @@ def test_what_is_copied_is_sent_to_the_engine() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_steps_make_an_installation(tmp_path: Path) -> None:
     """pip finds torch and all others in our own environment, at the very versions that the steps ask for."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
