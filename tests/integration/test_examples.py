@@ -142,6 +142,7 @@ def test_scripts_with_the_arguments_of_trl(
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_from_python(tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]) -> None:
     result = script("train_from_python.py").main(str(tmp_path), max_steps=2)
     assert result.steps == 2
@@ -205,7 +206,7 @@ def test_the_demo_learns_the_order_of_things(tmp_path: Path, ray_local: None) ->
     ("script", "arguments", "steps"),
     [
         ("train_cpo.py", [str(EXAMPLES / "chat.jsonl")], 3),
-        ("train_simpo.py", [], 3),
+        pytest.param("train_simpo.py", [], 3, marks=pytest.mark.soak),
     ],
 )
 def test_the_documents_own_examples(

@@ -121,6 +121,7 @@ def test_the_example_of_the_simpo_document_with_adapters(tmp_path: Path, ray_loc
     assert (chosen.item(), rejected.item()) == (-2.5, -5.0)
 
 
+@pytest.mark.soak
 def test_the_best_model_is_taken_when_asked_for(model_folder: str, tmp_path: Path, ray_local: None) -> None:
     """By a metric that only falls, the best evaluation is the first one."""
     args = CPOConfig(
