@@ -1,4 +1,4 @@
-"""The allocator of workers on CPUs: the jemalloc that comes with Ray, in place of the one of the C library.
+"""The allocator of workers on CPUs and of tasks that tokenize: the jemalloc that comes with Ray, not the C library's.
 
 That of glibc leaves gaps between the tensors of a step which no other tensor fits into, and takes longer for the many
 short strings of a tokenizer. As PyTorch's performance tuning guide has it, large tensors have no arena of their own,

@@ -138,7 +138,6 @@ class _Logits:
         self._bias_V = None if bias_V is None else bias_V.detach().float()
         self._mean_D = weight_VD.mean(0, dtype=torch.float32)
         self.product = head.product
-        """Of the head."""
         self._head, self._found, self._scored = head, found, found.scored
 
     def groups(self) -> Iterator[list[_Part]]:

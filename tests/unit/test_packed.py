@@ -21,6 +21,7 @@ from ray_prefopt.losses import head as head_module
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import StepTotals, make_objective
 from ray_prefopt.model import attention as attention_module
+from ray_prefopt.model import onednn as onednn_module
 from ray_prefopt.model.attention import NAME, packed_attention
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.layout import make_scorer, obstacle_of
@@ -170,6 +171,27 @@ def test_logits_of_two_chunks_are_never_held_together(rows: int, monkeypatch: py
         watched.logps(batch)
     assert len(made) > 2
     assert made[-1]() is None
+
+
+def test_the_head_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and the gradient of the states; the values stay."""
+    model, batch = model_of("qwen2"), pack(pairs_of(6, seed=3))
+    packed, _ = scorers(model)
+    monkeypatch.setattr(onednn_module, "IS_FASTER", False)
+    by_mkl = graded(packed, batch, LOSSES[0], model)
+    shapes: list[torch.Size] = []
+    product = onednn_module._product
+
+    def counted(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        shapes.append(weight.shape)
+        out: Tensor = product(x, weight, *others)
+        return out
+
+    monkeypatch.setattr(onednn_module, "IS_FASTER", True)
+    monkeypatch.setattr(onednn_module, "_product", counted)
+    assert_same(graded(packed, batch, LOSSES[0], model), by_mkl)
+    width = model.config.hidden_size
+    assert shapes == [(512, width), (width, 512)]
 
 
 def test_a_cap_on_the_logits() -> None:
