@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO, stages 0 to 3. The only module that speaks DeepSpeed."""
 
+import copyreg
 import io
 import logging
 import math
@@ -37,6 +38,8 @@ TAG = "engine"
 # DeepSpeed passes weights_only=False at every load; this makes torch refuse code in a checkpoint all the same.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
+# Python 3.11.0 to 3.11.3 pickles an enum as a call of getattr, which torch refuses.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 # Only inference uses the shared-memory reduction; leaving it on compiles it with g++ in every process.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import CheckpointError
@@ -93,3 +94,12 @@ def test_resume_from_nothing(inputs: Inputs, tmp_path: Path) -> None:
     config: TrainConfig = inputs.config(run={"resume_from": str(tmp_path / "gone")})
     with pytest.raises(CheckpointError, match=r"gone: no checkpoint here \(MANIFEST.json is missing\)"):
         run(inputs.job(config, tmp_path / "run"))
+
+
+def test_a_stage_is_written_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11.2 pickles enums, torch would refuse it."""
+    monkeypatch.setattr(
+        ZeroStageEnum, "__reduce_ex__", lambda stage, _: (getattr, (ZeroStageEnum, stage.name))
+    )
+    torch.save(ZeroStageEnum.gradients, tmp_path / "stage.pt")
+    assert torch.load(tmp_path / "stage.pt", weights_only=True) is ZeroStageEnum.gradients
