@@ -24,14 +24,15 @@ from ray_prefopt.training.export import checkpoint_weights
 from ray_prefopt.training.loop import Job, Reports, train_worker
 from tests.gang import run_gang
 from tests.integration.conftest import STEPS, Toy
-from tests.integration.heads import ROOT, TOKEN, environment, head_ports, started_head
+from tests.integration.heads import ROOT, environment, head_ports, started_head
 from tests.integration.test_train import records_of, weights_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(900)]
 PATIENCE_S = 240
 TICK_S = 21
 """Ray looks at the nodes of a cluster every 20 s."""
-ENVIRONMENT = environment(TOKEN) | {
+# The token of all other tests, since Ray reads it once in a process, and clusters here are in this one.
+ENVIRONMENT = environment(os.environ["RAY_AUTH_TOKEN"]) | {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Where Ray still counts a node that has just gone, it waits that long in vain.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
