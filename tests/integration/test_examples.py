@@ -166,6 +166,7 @@ def test_a_search(tmp_path: Path, ray_local: None) -> None:
 
 @pytest.mark.ray
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_search_from_python(tmp_path: Path, ray_local: None) -> None:
     result = script("search.py").main(str(tmp_path), "--run.max_steps=2")
     assert result.trials == {"finished": 18}

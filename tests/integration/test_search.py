@@ -180,17 +180,20 @@ def test_a_killed_search_goes_on(toy: Toy, tmp_path: Path, ray_local: None) -> N
 def test_a_population_recovers_from_a_bad_start(
     field: str, bad: float, good: float, toy: Toy, tmp_path: Path, ray_local: None
 ) -> None:
-    """Two trials: the one that learns nothing, for its rate or its beta, copies the other, weights and all."""
+    """Two trials: the one that learns nothing, for its rate or its beta, copies the other, weights and all.
+
+    A trial has to be seen to be the better of two at one report before the other can copy it at another.
+    """
     search = SearchConfig.model_validate(
         {
             "space": {field: {"loguniform": [bad, 4 * good]}},
             "points": [{field: bad}, {field: good}],
             "trials": 2,
             "scheduler": "pbt",
-            "grace": 0.4,
+            "grace": 0.25,
         }
     )
-    base = config(toy, tmp_path, eval_steps=0.4, epochs=30)  # long enough for the two to meet
+    base = config(toy, tmp_path, eval_steps=0.25, epochs=30)  # long enough for the two to meet
     base = base.model_copy(update={"loss": base.loss.model_copy(update={"cpo_alpha": 0.0})})
     result = tune(base, search)
     rows = {row["name"]: row for row in json.loads(Path(result.folder, "trials.json").read_text())}
