@@ -38,7 +38,7 @@ TAG = "engine"
 # DeepSpeed passes weights_only=False at every load; this makes torch refuse code in a checkpoint all the same.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
-# Python 3.11.0 to 3.11.3 pickles an enum as a call of getattr, which torch refuses.
+# Python before 3.11.5 pickles an enum as a call of getattr (python/cpython#105332), which torch refuses.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 # Only inference uses the shared-memory reduction; leaving it on compiles it with g++ in every process.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

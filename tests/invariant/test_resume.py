@@ -97,7 +97,7 @@ def test_resume_from_nothing(inputs: Inputs, tmp_path: Path) -> None:
 
 
 def test_a_stage_is_written_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Python 3.11.2 pickles enums, torch would refuse it."""
+    """As Python before 3.11.5 pickles enums, torch would refuse it."""
     monkeypatch.setattr(
         ZeroStageEnum, "__reduce_ex__", lambda stage, _: (getattr, (ZeroStageEnum, stage.name))
     )
