@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ray_prefopt.compat.trainer import CPOTrainer, SimPOTrainer
     from ray_prefopt.search.tune import TuneResult, tune
     from ray_prefopt.training.export import export
+    from ray_prefopt.training.folder import TrainResult
     from ray_prefopt.training.hooks import Hooks
-    from ray_prefopt.training.run import EvalResult, TrainResult, evaluate, prepare_data, train
+    from ray_prefopt.training.run import EvalResult, evaluate, prepare_data, train
 
 # bitsandbytes, which peft imports, warns of a faster kernel at every start, and of a cast in each layer of each step.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -52,6 +53,7 @@ _HOMES = {
     "Hooks": "ray_prefopt.training.hooks",
     "SimPOConfig": "ray_prefopt.compat.config",
     "SimPOTrainer": "ray_prefopt.compat.trainer",
+    "TrainResult": "ray_prefopt.training.folder",
     "TuneResult": "ray_prefopt.search.tune",
     "export": "ray_prefopt.training.export",
     "tune": "ray_prefopt.search.tune",

@@ -39,7 +39,8 @@ def _train(args: argparse.Namespace) -> Any:
     _note(_outline(config))
     if args.dry_run:
         return _plan(config)
-    from ray_prefopt.training.run import resolved, train
+    from ray_prefopt.training.folder import resolved
+    from ray_prefopt.training.run import train
 
     named = resolved(config)
     try:
@@ -225,7 +226,7 @@ def _demo(args: argparse.Namespace) -> Any:
 
 
 def _plan(config: TrainConfig) -> Any:
-    from ray_prefopt.training.run import describe
+    from ray_prefopt.training.describe import describe
 
     return describe(config)
 

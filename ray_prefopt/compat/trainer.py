@@ -61,18 +61,11 @@ from ray_prefopt.search.tune import tune
 from ray_prefopt.training.card import CardDetails, model_card
 from ray_prefopt.training.checkpoint import latest_checkpoint, open_checkpoint
 from ray_prefopt.training.export import export, metrics_at
+from ray_prefopt.training.folder import TrainResult, absolute, resolved, run_folder
 from ray_prefopt.training.hooks import ComputeMetrics, Hooks
 from ray_prefopt.training.metrics import means
 from ray_prefopt.training.optimizers import PackedOptimizer
-from ray_prefopt.training.run import (
-    EvalResult,
-    TrainResult,
-    absolute,
-    evaluate,
-    resolved,
-    run_folder,
-    train,
-)
+from ray_prefopt.training.run import EvalResult, evaluate, train
 
 
 class CPOTrainer:

@@ -20,10 +20,12 @@ from ray_prefopt.errors import PrefoptError, ResourceError
 from ray_prefopt.search.measure import Measure
 from ray_prefopt.search.space import Point, Space
 from ray_prefopt.training.checkpoint import find_checkpoint
+from ray_prefopt.training.folder import TrainResult
 from ray_prefopt.training.hooks import Hooks
+from ray_prefopt.training.job import make_plan
 from ray_prefopt.training.log import Event
-from ray_prefopt.training.loop import Record, make_plan
-from ray_prefopt.training.run import NO_HOOKS, TrainResult, train
+from ray_prefopt.training.metrics import Record
+from ray_prefopt.training.run import NO_HOOKS, train
 from ray_prefopt.training.workers import stop
 
 POINTER = "run.json"

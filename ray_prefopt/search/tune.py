@@ -37,10 +37,12 @@ from ray_prefopt.search.trial import PAUSING, Task, Trial
 from ray_prefopt.search_config import SearchConfig, TuneConfig
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.checkpoint import write_text
+from ray_prefopt.training.describe import describe
 from ray_prefopt.training.export import export
+from ray_prefopt.training.folder import MAY_CHANGE, resolved
 from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.room import asked, asking_for_nodes
-from ray_prefopt.training.run import MAY_CHANGE, NO_HOOKS, describe, prepare_data, resolved
+from ray_prefopt.training.run import NO_HOOKS, prepare_data
 from ray_prefopt.training.workers import start_ray
 
 CONFIG, BEST, STUDY, SUMMARY = "search.yaml", "best_config.yaml", "study.db", "summary.json"

@@ -6,9 +6,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,17 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
-from ray_prefopt.config import Interval, RunConfig, TrainConfig
+from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.balance import Costs
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.collate import collate, pack
-from ray_prefopt.data.plan import Order, Plan, extend_hash
+from ray_prefopt.data.plan import Plan, extend_hash
 from ray_prefopt.data.stream import PairReader, Prefetched
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
-from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError, suggest
+from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError
 from ray_prefopt.losses.objective import Objective, make_objective
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.hub import first_line
@@ -60,36 +60,15 @@ from ray_prefopt.training.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from ray_prefopt.training.due import Due
 from ray_prefopt.training.footprint import Peak
-from ray_prefopt.training.hooks import Hooks
-from ray_prefopt.training.metrics import METRICS, MetricSums
+from ray_prefopt.training.job import Job, best_metric, make_plan
+from ray_prefopt.training.metrics import Meter, MetricSums, Record
 from ray_prefopt.training.predictions import Evaluation, Predictions, computed
 from ray_prefopt.training.samples import Sample, sampled
 from ray_prefopt.training.step import StepInput, evaluate, train_step
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    folder: str
-    """Of the run."""
-    pad_id: int
-    train_blocks: str | None
-    """Folder of prepared pairs; None: evaluate only."""
-    eval_blocks: Mapping[str, str]
-    """Folders of the evaluation sets by name."""
-
-    hooks: Hooks = field(default_factory=Hooks)
-
-    @property
-    def checkpoints(self) -> str:
-        return f"{self.folder}/checkpoints"
 
 
 @dataclass(frozen=True)
@@ -329,26 +308,6 @@ def _set_up(config: TrainConfig) -> None:
         enable_full_determinism(config.run.seed)
 
 
-def make_plan(config: TrainConfig, blocks: Blocks) -> Plan:
-    """The plan of a run over prepared pairs. Raises DataError when they do not fill one global batch."""
-    order = Order(
-        tuple(rows for _, rows in blocks.files),
-        seed=config.run.seed if config.data.seed is None else config.data.seed,
-        shuffle=config.data.shuffle,
-        window=config.data.shuffle_window,
-    )
-    run = config.run
-    return Plan(
-        order,
-        blocks.total_lengths,
-        min(run.global_batch, blocks.num_pairs) if run.shrink_batch else run.global_batch,
-        run.epochs,
-        run.max_steps,
-        group_by_length=config.data.group_by_length,
-        drop_last=run.drop_last,
-    )
-
-
 def _scorer_of(job: Job, engine: Engine) -> tuple[Scorer, str | None]:
     """What scores pairs, and why it does not take packed ones, if so."""
     config = job.config.model
@@ -410,91 +369,12 @@ def _evaluate_all(
     return Evaluation(record, predictions if job.hooks.keep_predictions else {})
 
 
-def best_metric(run: RunConfig, sets: Iterable[str], *, is_open: bool = False) -> str | None:
-    """The metric that says which checkpoint is best: run.best_metric, or reward accuracy of the first set.
-
-    Raises ConfigError when no evaluation set, of which these are the names, has it; `is_open` when there may be metrics
-    of the user's own.
-    """
-    prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
-    if run.best_metric is None:
-        return f"{prefixes[0]}rewards/accuracies" if prefixes else None
-    known = [prefix + metric for prefix in prefixes for metric in METRICS]
-    if run.best_metric not in known and not (is_open and prefixes):
-        advice = suggest(run.best_metric, known) or (
-            f" There are {', '.join(known)}" if known else " There is no evaluation set: set data.eval"
-        )
-        raise ConfigError(f"run.best_metric {run.best_metric!r} is not a metric of this run.{advice}")
-    return run.best_metric
-
-
 def seed_step(seed: int, step: int) -> None:
     """Random numbers are a function of (seed, step, rank): a checkpoint need not hold any generator's state."""
     value = int(np.random.SeedSequence([seed, step, ranks.rank()]).generate_state(1, np.uint64)[0])
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
-
-
-@dataclass(frozen=True)
-class Due:
-    """What happens after which step; the last step saves in any case, and evaluates unless run.eval_delay is longer."""
-
-    run: RunConfig
-    steps_per_epoch: int
-    last: int
-
-    def log(self, step: int) -> bool:
-        return self._falls_on(self.run.log_steps, step) or (step == 1 and self.run.log_first_step)
-
-    def evaluate(self, step: int) -> bool:
-        done = step / self.steps_per_epoch if self.run.eval_steps == "epoch" else step
-        return self._falls_on(self.run.eval_steps, step) and done >= self.run.eval_delay
-
-    def save(self, step: int) -> bool:
-        return self._falls_on(self.run.save_steps, step)
-
-    def _falls_on(self, interval: Interval | None, step: int) -> bool:
-        if step == self.last or interval is None:
-            return step == self.last
-        if interval == "epoch":
-            return step % self.steps_per_epoch == 0
-        return step % (interval if isinstance(interval, int) else math.ceil(interval * self.last)) == 0
-
-
-class Meter:
-    """Rates of training since the last reading; pairs and tokens are those of all ranks, padding not counted.
-
-    `tokens_seen` are those of the steps before.
-    """
-
-    def __init__(self, tokens_seen: int = 0) -> None:
-        self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
-        self.tokens_seen = tokens_seen
-
-    def add(self, pairs: int, tokens: int) -> None:
-        self._pairs += pairs
-        self._tokens += tokens
-        self.tokens_seen += tokens
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is no training: evaluating, saving."""
-        begun = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begun
-
-    def read(self, wait_s: float) -> Record:
-        """`data_wait` is the share of the time that this rank waited for pairs."""
-        elapsed = time.perf_counter() - self._since
-        record = {
-            "pairs_per_second": self._pairs / elapsed,
-            "tokens_per_second": self._tokens / elapsed,
-            "data_wait": (wait_s - self._waited) / elapsed,
-            "num_input_tokens_seen": self.tokens_seen,
-        }
-        self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, wait_s
-        return record
 
 
 def aux_loss_coef(engine: Engine) -> float:

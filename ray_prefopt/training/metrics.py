@@ -1,9 +1,15 @@
-"""Sums on the device, one reduction and one host sync when somebody wants to read them."""
+"""What is measured: sums on the device, with one reduction and one host sync when somebody reads them; and rates."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Record = dict[str, float]
+"""Values by the names of metrics."""
 METRICS = (
     "loss", "nll_loss", "aux_loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected", "logps_mean/chosen", "logps_mean/rejected", "logps_mean/accuracies",
@@ -51,3 +57,38 @@ def means(sums: dict[str, float], steps: int) -> dict[str, float]:
         for name, value in sums.items()
         if name not in ("pairs", "nll_weight")
     }
+
+
+class Meter:
+    """Rates of training since the last reading; pairs and tokens are those of all ranks, padding not counted.
+
+    `tokens_seen` are those of the steps before.
+    """
+
+    def __init__(self, tokens_seen: int = 0) -> None:
+        self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+        self.tokens_seen = tokens_seen
+
+    def add(self, pairs: int, tokens: int) -> None:
+        self._pairs += pairs
+        self._tokens += tokens
+        self.tokens_seen += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training: evaluating, saving."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def read(self, wait_s: float) -> Record:
+        """`data_wait` is the share of the time that this rank waited for pairs."""
+        elapsed = time.perf_counter() - self._since
+        record = {
+            "pairs_per_second": self._pairs / elapsed,
+            "tokens_per_second": self._tokens / elapsed,
+            "data_wait": (wait_s - self._waited) / elapsed,
+            "num_input_tokens_seen": self.tokens_seen,
+        }
+        self._since, self._pairs, self._tokens, self._waited = time.perf_counter(), 0, 0, wait_s
+        return record

@@ -10,7 +10,8 @@ import ray.train.torch
 import torch
 
 from ray_prefopt.errors import PrefoptError
-from ray_prefopt.training.loop import Job, Reports, evaluate_worker, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, evaluate_worker, train_worker
 
 
 def train(job: Job, log: Any) -> None:

@@ -2,24 +2,22 @@
 
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import ray
 from fsspec.core import url_to_fs
 from transformers import EvalPrediction, PretrainedConfig
 
-from ray_prefopt.config import ModelConfig, Source, TrainConfig
+from ray_prefopt.config import Source, TrainConfig
 from ray_prefopt.data.balance import Costs, Layout
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.plan import Plan
-from ray_prefopt.data.prepare import find_blocks, prepare
+from ray_prefopt.data.prepare import prepare
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
@@ -32,17 +30,27 @@ from ray_prefopt.training.checkpoint import (
     LoopState,
     checkpoint_at,
     find_checkpoint,
-    has_checkpoints,
     latest_checkpoint,
     open_checkpoint,
     write_text,
 )
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export
+from ray_prefopt.training.folder import (
+    TrainResult,
+    claim,
+    finished,
+    refuse_other_config,
+    resolved,
+    run_folder,
+    with_found_micro_batch,
+    write_config,
+)
 from ray_prefopt.training.footprint import Footprint, Outline, footprint
 from ray_prefopt.training.hooks import Hooks, check_portable
+from ray_prefopt.training.job import Job, best_metric, make_plan
 from ray_prefopt.training.log import Event, closing_log
-from ray_prefopt.training.loop import Job, Record, best_metric, make_plan
+from ray_prefopt.training.metrics import Record
 from ray_prefopt.training.predictions import Evaluation
 from ray_prefopt.training.trackers import check_trackers, start_log
 from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
@@ -50,34 +58,6 @@ from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 logger = logging.getLogger(__name__)
 
 NO_HOOKS = Hooks()
-MAY_CHANGE = {
-    "num_workers", "use_gpu", "cpus_per_worker", "resources_per_worker", "accelerator_type", "placement_strategy",
-    "env_vars", "eval_micro_batch", "log_steps", "log_first_step", "eval_steps", "eval_on_start", "eval_delay",
-    "eval_samples", "eval_sample_tokens", "save_steps", "save_only_model", "keep_checkpoints", "best_metric",
-    "best_mode", "max_failures", "resume_from", "on_bad_checkpoint", "on_save_error", "force_new", "export",
-    "collective_timeout_s", "resource_timeout_s", "restart_timeout_s", "resize_interval_s", "storage_path", "report_to",
-    "auto_find_batch_size",
-}  # fmt: skip
-"""Fields of `run` that a resumed run may have otherwise: none of them changes which step does what."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run leaves behind."""
-
-    name: str
-    folder: str
-    """Of the run: config.json, metrics.jsonl, tensorboard, checkpoints, model, result.json."""
-    steps: int
-    metrics: Record
-    """Last values of everything that was logged."""
-    checkpoint: str
-    best_checkpoint: str
-    """The one with the best run.best_metric; the last one when nothing was evaluated."""
-    model: str | None
-    """Hugging Face folder of the last checkpoint."""
-    memory: dict[str, int] = field(default_factory=dict)
-    """Bytes of the worker that needed most: `seen`, and `estimated` where there is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +83,19 @@ def train(
     CheckpointError before any worker starts, NonFiniteError and TrainingError later.
     """
     config = resolved(config)
-    architecture = _check(config, hooks)
+    architecture = check(config, hooks)
     folder = run_folder(config)
     if not config.run.force_new:
-        config = _with_found_micro_batch(config, folder)
-        _refuse_other_config(config, folder)
-        if (finished := _finished(folder, export=config.run.export)) is not None:
-            logger.warning("run %s is finished: here is its result; run.force_new trains anew", finished.name)
-            return finished
+        config = with_found_micro_batch(config, folder)
+        refuse_other_config(config, folder)
+        if (result := finished(folder, export=config.run.export)) is not None:
+            logger.warning("run %s is finished: here is its result; run.force_new trains anew", result.name)
+            return result
     _check_start(config, folder)
     start_ray()
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
-    _claim(config, folder)
+    claim(config, folder)
     job = _job(config, folder, hooks, train_blocks=train_blocks)
     log = start_log(config, folder)
     newest = _newest(job)
@@ -144,7 +124,7 @@ def _train_within_memory(job: Job, architecture: PretrainedConfig, blocks: Block
             config = _with_half_the_micro_batch(job.config, blocks)
             size = config.run.micro_batch_tokens or config.run.micro_batch
             ray.get(log.try_again.remote(f"{error}; going on with {size}"))
-            _write_config(config, job.folder)
+            write_config(config, job.folder)
             job = replace(job, config=config)
             continue
         if expected is not None:
@@ -157,7 +137,7 @@ def _expected(config: TrainConfig, architecture: PretrainedConfig, blocks: Block
     """What a worker should need. Never a reason to fail: not every model can be made on no device."""
     with suppress(Exception):
         outline = Outline.of(config, architecture)
-        return footprint(config, outline, _pairs(config, blocks, outline), config.run.min_workers)
+        return footprint(config, outline, pairs_of(config, blocks, outline), config.run.min_workers)
     return None
 
 
@@ -178,20 +158,6 @@ def _with_half_the_micro_batch(config: TrainConfig, blocks: Blocks) -> TrainConf
     if run.eval_micro_batch is not None:
         half["eval_micro_batch"] = max(run.eval_micro_batch // 2, 1)
     return config.model_copy(update={"run": run.model_copy(update=half)})
-
-
-def _with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:
-    """The config with the micro-batches that the run has come down to already."""
-    if not (config.run.auto_find_batch_size and has_checkpoints(f"{folder}/checkpoints")):
-        return config
-    fs, path = url_to_fs(folder)
-    found = json.loads(fs.cat_file(f"{path}/config.json"))["run"]
-    given = config.run.model_dump()
-    name = "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens"
-    if not found.get("auto_find_batch_size") or (found.get(name) or given[name]) >= given[name]:
-        return config
-    sizes = {name: found[name] for name in (name, "eval_micro_batch")}
-    return config.model_copy(update={"run": config.run.model_copy(update=sizes)})
 
 
 def _give_back(hooks: Hooks, log: Any) -> None:
@@ -222,7 +188,7 @@ def evaluate(config: TrainConfig, *, hooks: Hooks = NO_HOOKS) -> EvalResult:
         raise ConfigError("nothing to evaluate on: got no data.eval; set it to held-out pairs")
     model = str(config.model.path)
     config = _of_checkpoint(resolved(config))
-    _check(config, hooks)
+    check(config, hooks)
     start_ray()
     folder = f"{config.run.storage_path}/evaluations/{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
     job = _job(config, folder, hooks, train_blocks=None)
@@ -256,102 +222,15 @@ def _of_checkpoint(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={**parts, "run": run})
 
 
-def describe(config: TrainConfig) -> dict[str, Any]:
-    """What a command would do with this config, without Ray and without writing anything.
-
-    Raises what it would raise before it asks for workers, but for rows that are not read yet.
-    """
-    is_named = config.run.name is not None
-    config = resolved(config)
-    architecture = _check(config)
-    run, data, engine = config.run, config.data, config.engine
-    outline = Outline.of(config, architecture)
-    plan: dict[str, Any] = {
-        "model": _describe_model(config.model, architecture, outline.parameters),
-        "pairs": {
-            name or "eval": _describe_pairs(config, sources)
-            for name, sources in {"train": data.train_sources, **data.eval_sets}.items()
-            if sources
-        },
-        "workers": {
-            "number": run.workers_text if run.is_elastic else run.max_workers,
-            "each": f"{run.cpus_per_worker} CPU" + (", 1 GPU" if run.use_gpu else ""),
-            "engine": f"ZeRO {engine.zero_stage}" if engine.kind == "zero" else "plain",
-        },
-    }
-    if data.train_sources:
-        blocks = find_blocks(data, config.model, data.train_sources, run.storage_path)
-        pairs = _pairs(config, blocks, outline) if blocks else None
-        if (expected := footprint(config, outline, pairs, run.min_workers)) is not None:
-            plan["workers"]["memory"] = str(expected)
-        unnamed = {"folder": f"{run.storage_path}/{config.loss.kind}-DATE-TIME"}
-        plan["run"] = _describe_run(config, pairs) | ({} if is_named else unnamed)
-    return plan
-
-
-def _pairs(config: TrainConfig, blocks: Blocks, outline: Outline) -> tuple[Batching, Plan]:
+def pairs_of(config: TrainConfig, blocks: Blocks, outline: Outline) -> tuple[Batching, Plan]:
     """Those of training: how they become micro-batches, and steps."""
     return batching_of(blocks, config, outline.costs), make_plan(config, blocks)
-
-
-# --- Parts of a plan ---
-
-
-def _describe_model(config: ModelConfig, architecture: PretrainedConfig, parameters: int) -> dict[str, Any]:
-    return {
-        "architecture": architecture.model_type,
-        "parameters": parameters,
-        "dtype": str(compute_dtype(config, architecture)).removeprefix("torch."),
-        "trained": _describe_trained(config),
-    }
-
-
-def _describe_trained(config: ModelConfig) -> str:
-    if not config.has_adapter:
-        return "all weights"
-    return f"LoRA adapters of rank {config.lora.r}" if config.lora else f"the LoRA adapter {config.adapter}"
-
-
-def _describe_pairs(config: TrainConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    blocks = find_blocks(config.data, config.model, sources, config.run.storage_path)
-    if blocks is None:
-        return {"sources": [source.path for source in sources], "prepared": False}
-    return {
-        "sources": [source.path for source in sources],
-        "prepared": blocks.folder,
-        "pairs": blocks.num_pairs,
-        "tokens": int(blocks.total_lengths.sum()),
-    }
-
-
-def _describe_run(config: TrainConfig, pairs: tuple[Batching, Plan] | None) -> dict[str, Any]:
-    run = config.run
-    folder = run_folder(config)
-    total_steps, micro_batches = run.max_steps, None
-    if pairs is not None:
-        batching, plan = pairs
-        total_steps, micro_batches = plan.total_steps, batching.count(plan.step_ids(0), run.max_workers)
-    elif run.micro_batch_tokens is None:
-        micro_batches = math.ceil(run.global_batch / (run.max_workers * run.micro_batch))
-    unknown, state = "known when the pairs are prepared", "new"
-    if not run.force_new:
-        _refuse_other_config(config, folder)
-        found = latest_checkpoint(f"{folder}/checkpoints", on_bad=run.on_bad_checkpoint, verify="sizes")
-        state = f"resumes after step {found.state.step}" if found else state
-        state = "finished" if _finished(folder, export=run.export) else state
-    return {
-        "folder": folder,
-        "state": state,
-        "steps": total_steps or unknown,
-        "pairs_per_step": run.global_batch,
-        "micro_batches_per_step": micro_batches or unknown,
-    }
 
 
 # --- Checks ---
 
 
-def _check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
+def check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
     """Everything about model, engine, metrics and hooks that a driver can find out in seconds."""
     check_optim(config.optim)
     check_trackers(config.run.report_to)
@@ -382,84 +261,6 @@ def _check_start(config: TrainConfig, folder: str) -> None:
     open_checkpoint(run.resume_from, verify="sizes").check_resumable()
 
 
-def _refuse_other_config(config: TrainConfig, folder: str) -> None:
-    """Raises ConfigError when the folder has checkpoints of another config."""
-    if not has_checkpoints(f"{folder}/checkpoints"):
-        return
-    fs, path = url_to_fs(folder)
-    sizes = {"micro_batch", "micro_batch_tokens"}
-    may_change = MAY_CHANGE | (sizes if config.run.auto_find_batch_size else set())
-    old, new = json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
-    differing = _differences(old, new, may_change)
-    if differing:
-        raise ConfigError(
-            f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
-            "Use its values to resume it, another run.name, or run.force_new to move it aside"
-        )
-
-
-def _differences(old: Any, new: Any, may_change: Set[str], prefix: str = "") -> list[str]:
-    """Dotted fields that differ, of those that must not, as `field: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [
-            name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in may_change)
-        ]
-        return [
-            line
-            for name in names
-            for line in _differences(old.get(name), new.get(name), may_change, f"{prefix}{name}.")
-        ]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
-
-
-# --- The run's folder ---
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """The config that workers can use wherever they run: paths of local folders absolute, and the run named.
-
-    A run without a name gets one of the loss and the time.
-    """
-    run, model = config.run, config.model
-    name = run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
-    storage = absolute(run.storage_path)
-    resume_from = run.resume_from and absolute(run.resume_from)
-    local = {
-        field: absolute(path)
-        for field, path in (("path", model.path), ("tokenizer", model.tokenizer), ("adapter", model.adapter))
-        if path is not None and Path(path).expanduser().is_dir()
-    }
-    return config.model_copy(
-        update={
-            "run": run.model_copy(update={"name": name, "storage_path": storage, "resume_from": resume_from}),
-            "model": model.model_copy(update=local),
-        }
-    )
-
-
-def absolute(path: str) -> str:
-    """The path as seen from anywhere on this machine; a URI is itself."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-def run_folder(config: TrainConfig) -> str:
-    return f"{config.run.storage_path}/{config.run.name}"
-
-
-def _claim(config: TrainConfig, folder: str) -> None:
-    """Make the run's folder, with its config in it; what is there is moved aside for run.force_new."""
-    fs, path = url_to_fs(folder)
-    if config.run.force_new and fs.exists(path):
-        fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
-    fs.makedirs(path, exist_ok=True)
-    _write_config(config, folder)
-
-
-def _write_config(config: TrainConfig, folder: str) -> None:
-    fs, path = url_to_fs(folder)
-    write_text(fs, f"{path}/config.json", config.model_dump_json(indent=1))
-
-
 def _job(config: TrainConfig, folder: str, hooks: Hooks, *, train_blocks: Blocks | None) -> Job:
     return Job(
         config,
@@ -478,16 +279,6 @@ def _prepare(config: TrainConfig, sources: Sequence[Source]) -> Blocks:
 def _newest(job: Job) -> Checkpoint | None:
     """The newest checkpoint of the run; refuses a torn one before workers are asked for."""
     return latest_checkpoint(job.checkpoints, on_bad=job.config.run.on_bad_checkpoint, verify="sizes")
-
-
-def _finished(folder: str, *, export: bool) -> TrainResult | None:
-    """The result of a finished run whose checkpoint, and model when it is asked for, are still there."""
-    fs, path = url_to_fs(folder)
-    if not fs.exists(f"{path}/result.json"):
-        return None
-    result = TrainResult(**json.loads(fs.cat_file(f"{path}/result.json")))
-    wanted = [result.checkpoint, *([f"{folder}/model"] if export else [])]
-    return result if all(fs.exists(url_to_fs(item)[1]) for item in wanted) else None
 
 
 def _finish(job: Job, records: Sequence[Record], memory: dict[str, int]) -> TrainResult:

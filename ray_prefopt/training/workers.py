@@ -28,7 +28,7 @@ from ray_prefopt.training.network import RayNetwork
 from ray_prefopt.training.room import of_a_worker, wait_for_room
 
 if TYPE_CHECKING:
-    from ray_prefopt.training.loop import Job
+    from ray_prefopt.training.job import Job
 
 ANSWER_TIMEOUT_S = 10.0
 STOP_S = 20.0

@@ -230,7 +230,7 @@ def run_bare(job: Job) -> Job:
     from ray_prefopt.losses.objective import make_objective
     from ray_prefopt.model.layout import make_scorer
     from ray_prefopt.training.batches import batching_of, costs_of, layout_of, step_inputs
-    from ray_prefopt.training.loop import make_plan
+    from ray_prefopt.training.job import make_plan
     from ray_prefopt.training.metrics import MetricSums
     from ray_prefopt.training.step import train_step
 

@@ -24,7 +24,9 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.collate import collate, pack
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.memory import MemoryEstimate, ModelSize, estimate
-from ray_prefopt.training.loop import Job, Record, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
+from ray_prefopt.training.metrics import Record
 from tests.gang import run_gang
 from tests.tiny import write_blocks
 

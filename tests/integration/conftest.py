@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.training.run import TrainResult, train
+from ray_prefopt.training.folder import TrainResult
+from ray_prefopt.training.run import train
 from tests.tiny import chat_row, save_tiny_model
 
 STEPS = 12

@@ -21,7 +21,8 @@ from ray_prefopt.data.blocks import open_blocks
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.checkpoint import LoopState, latest_checkpoint
 from ray_prefopt.training.export import checkpoint_weights
-from ray_prefopt.training.loop import Job, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
 from tests.gang import run_gang
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.heads import ROOT, environment, head_ports, started_head

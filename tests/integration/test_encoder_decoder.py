@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ray_prefopt import CPOConfig, CPOTrainer
 from ray_prefopt.data.blocks import open_blocks, read_block
 from ray_prefopt.settings import load_config
-from ray_prefopt.training.run import describe
+from ray_prefopt.training.describe import describe
 from tests.integration.test_trainer import SMALL
 from tests.tiny import CORPUS, save_tiny_model
 

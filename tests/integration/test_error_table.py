@@ -22,7 +22,8 @@ from ray_prefopt.errors import (
 )
 from ray_prefopt.settings import load_config
 from ray_prefopt.training import workers
-from ray_prefopt.training.run import TrainResult, evaluate, train
+from ray_prefopt.training.folder import TrainResult
+from ray_prefopt.training.run import evaluate, train
 from tests.integration.conftest import STEPS, Toy, rows, write_rows
 from tests.integration.test_train import assert_same_weights
 from tests.tiny import save_tiny_model

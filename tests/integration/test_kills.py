@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from ray_prefopt.settings import dump_yaml
-from ray_prefopt.training.run import TrainResult, train
+from ray_prefopt.training.folder import TrainResult
+from ray_prefopt.training.run import train
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.test_train import assert_same_weights, records_of
 

@@ -20,7 +20,9 @@ from ray_prefopt.data.prepare import prepare
 from ray_prefopt.model.load import load_model
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import checkpoint_weights
-from ray_prefopt.training.loop import Job, Record, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
+from ray_prefopt.training.metrics import Record
 from tests.integration.test_trainer import SMALL
 from tests.tiny import save_tiny_model
 

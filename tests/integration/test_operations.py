@@ -17,9 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.train.v2._internal.logging import LoggingManager
 from transformers import TrainerCallback
 
+from ray_prefopt.training.folder import TrainResult
 from ray_prefopt.training.gauges import METRICS
 from ray_prefopt.training.hooks import Hooks
-from ray_prefopt.training.run import TrainResult, train
+from ray_prefopt.training.run import train
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.test_train import records_of
 from tests.unit.test_dashboard import FILE as DASHBOARD

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ray_prefopt.config import TrainConfig
+from ray_prefopt.training.folder import TrainResult
 from ray_prefopt.training.hooks import Hooks
-from ray_prefopt.training.run import TrainResult, train
+from ray_prefopt.training.run import train
 from tests.integration.conftest import STEPS, Toy
 from tests.integration.test_train import assert_same_weights, records_of
 from tests.unit.test_out_of_memory import Hungry

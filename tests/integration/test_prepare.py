@@ -29,7 +29,7 @@ from ray_prefopt.data.blocks import Blocks, read_block
 from ray_prefopt.data.chunks import Report
 from ray_prefopt.data.prepare import find_blocks, prepare
 from ray_prefopt.errors import DataError, ResourceError
-from ray_prefopt.training.loop import make_plan
+from ray_prefopt.training.job import make_plan
 from tests.tiny import CHATML, chat_row, merge_tokenizer, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.settings import dump_yaml
-from ray_prefopt.training.run import TrainResult, describe, evaluate, prepare_data, train
+from ray_prefopt.training.describe import describe
+from ray_prefopt.training.folder import TrainResult
+from ray_prefopt.training.run import evaluate, prepare_data, train
 from tests.integration.conftest import STEPS, Toy
 
 pytestmark = pytest.mark.ray

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from ray_prefopt import CPOConfig, CPOTrainer
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ModelError
-from ray_prefopt.training.run import describe, resolved
+from ray_prefopt.training.describe import describe
+from ray_prefopt.training.folder import resolved
 from tests.integration.test_trainer import SMALL, TWO_WORKERS, chats
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 

@@ -18,7 +18,8 @@ from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 from ray_prefopt.training import ranks
 from ray_prefopt.training.checkpoint import latest_checkpoint
-from ray_prefopt.training.loop import Job, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
 from tests.gang import run_gang
 from tests.invariant.training import Inputs
 from tests.tiny import random_pairs, save_tiny_model, write_blocks

@@ -26,7 +26,9 @@ from ray_prefopt.training.callbacks import STATE_FILE, Returned
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
 from ray_prefopt.training.hooks import Hooks, check_portable
-from ray_prefopt.training.loop import Job, Record, Reports, evaluate_worker, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, evaluate_worker, train_worker
+from ray_prefopt.training.metrics import Record
 from ray_prefopt.training.optimizers import PackedOptimizer
 from tests.gang import run_gang
 from tests.invariant.training import STEPS, Inputs, StopError, curves, stop_at

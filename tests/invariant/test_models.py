@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ray_prefopt.training.export import export
-from ray_prefopt.training.loop import Job, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
 from tests.gang import run_gang
 from tests.invariant.test_adapters import assert_same_losses, assert_same_weights
 from tests.invariant.training import Inputs, curves, stop_at

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import CheckpointError
-from ray_prefopt.training.loop import Job
+from ray_prefopt.training.job import Job
 from tests.invariant.test_engines import assert_equal
 from tests.invariant.training import Inputs, curves, run, stop_at
 from tests.tiny import random_pairs, write_blocks

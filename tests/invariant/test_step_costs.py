@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ray_prefopt.training import loop
-from ray_prefopt.training.loop import Job, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
 from tests.gang import run_gang
 from tests.invariant.training import STEPS, Inputs
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.training.checkpoint import Checkpoint, LoopState, latest_checkpoint
 from ray_prefopt.training.export import checkpoint_weights
-from ray_prefopt.training.loop import Job, Record, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
+from ray_prefopt.training.metrics import Record
 from tests.gang import run_gang
 
 PAIRS, GLOBAL_BATCH, STEPS = 50, 16, 4

@@ -18,7 +18,8 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.model.load import model_class
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import checkpoint_weights
-from ray_prefopt.training.loop import Job, Reports, train_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import Reports, train_worker
 from tests.tiny import CORPUS, chat_row, save_tiny_model, write_blocks
 
 pytestmark = pytest.mark.parity

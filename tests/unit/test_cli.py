@@ -20,7 +20,8 @@ from ray_prefopt.errors import DataError, ResourceError, TrainingError
 from ray_prefopt.help import default_text, flag_form
 from ray_prefopt.options import options
 from ray_prefopt.settings import config_schema, dump_yaml, load_config
-from ray_prefopt.training.run import EvalResult, resolved
+from ray_prefopt.training.folder import resolved
+from ray_prefopt.training.run import EvalResult
 
 FLAGS = Path(__file__).with_name("flags.txt")
 GIVEN = ["--model.path", "m", "--data.train", "a.jsonl"]
@@ -321,7 +322,7 @@ def test_tokenize_and_export_hand_over_what_was_given(call: Call, monkeypatch: p
 
 @pytest.mark.parametrize("command", ["train", "tokenize", "evaluate"])
 def test_a_dry_run_prints_the_plan_alone(call: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setattr("ray_prefopt.training.run.describe", lambda config: {"steps": config.run.seed})
+    monkeypatch.setattr("ray_prefopt.training.describe.describe", lambda config: {"steps": config.run.seed})
     for name in ("train", "prepare_data", "evaluate"):
         monkeypatch.setattr(f"ray_prefopt.training.run.{name}", raising(AssertionError(name)))
     code, out, _ = call(command, *GIVEN, "--data.eval", "e.jsonl", "--run.seed", "7", "--dry-run")

@@ -15,7 +15,7 @@ from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.translate import PEFT_DEFAULTS, to_train_config
 from ray_prefopt.config import CompileConfig, LoraConfig, TrainConfig
 from ray_prefopt.errors import ConfigError
-from ray_prefopt.training.loop import Meter
+from ray_prefopt.training.metrics import Meter
 
 CPO, SIMPO = CPOConfig, SimPOConfig
 EVAL = {"train": "pairs.jsonl", "eval": "held_out.jsonl"}

@@ -19,8 +19,8 @@ from ray_prefopt.data.formats import ChatTemplate, PreferencePair, to_pair
 from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
 from ray_prefopt.options import options, sections
 from ray_prefopt.settings import load_config, load_tune_config, split_flags
+from ray_prefopt.training.folder import MAY_CHANGE
 from ray_prefopt.training.metrics import METRICS
-from ray_prefopt.training.run import MAY_CHANGE
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

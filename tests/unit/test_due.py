@@ -3,7 +3,7 @@
 import pytest
 
 from ray_prefopt.config import Interval, RunConfig
-from ray_prefopt.training.loop import Due
+from ray_prefopt.training.due import Due
 
 STEPS_PER_EPOCH, LAST = 4, 10
 

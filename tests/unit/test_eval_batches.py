@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.training.loop import Job, evaluate_worker
+from ray_prefopt.training.job import Job
+from ray_prefopt.training.loop import evaluate_worker
 from tests.tiny import random_pairs, save_tiny_model, write_blocks
 
 PAIRS = random_pairs(8, seed=3)

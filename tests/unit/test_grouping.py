@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from ray_prefopt.config import DataConfig, TrainConfig
 from ray_prefopt.data.blocks import open_blocks
 from ray_prefopt.data.plan import Order, Plan, grouped
-from ray_prefopt.training.loop import make_plan
+from ray_prefopt.training.job import make_plan
 from tests.tiny import random_pairs, write_blocks
 
 

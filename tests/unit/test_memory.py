@@ -25,8 +25,8 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine import memory
 from ray_prefopt.engine.memory import ModelSize, activation_bytes, estimate, layer_bytes
 from ray_prefopt.training.batches import Batching, longest
+from ray_prefopt.training.describe import describe
 from ray_prefopt.training.footprint import Footprint, Outline, Peak, footprint
-from ray_prefopt.training.run import describe
 from tests.benchmarks.memory import CASES, MIB, Case, Measured, expected, row
 from tests.tiny import tiny_config, write_blocks
 
@@ -213,7 +213,7 @@ def test_of_prepared_pairs_the_largest_micro_batch_counts(
         *[TokenizedPair([1] * 5, [2] * 5, 2, 2)] * 6,
     ]
     blocks = open_blocks(write_blocks(tmp_path / "blocks", pairs))
-    monkeypatch.setattr("ray_prefopt.training.run.find_blocks", lambda *_: blocks)
+    monkeypatch.setattr("ray_prefopt.training.describe.find_blocks", lambda *_: blocks)
     # Two micro-batches of four pairs: 38 with three of 6.
     assert planned(tmp_path).endswith(" for 56 tokens at once")
     # 38 and a 6, 16 and five of 6, since two workers have as many micro-batches.

@@ -14,8 +14,9 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.training import run as run_module
 from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
+from ray_prefopt.training.folder import claim, refuse_other_config, with_found_micro_batch
 from ray_prefopt.training.hooks import Hooks
-from ray_prefopt.training.loop import Job
+from ray_prefopt.training.job import Job
 from tests.invariant.training import run
 from tests.tiny import random_pairs, save_tiny_model, write_blocks
 
@@ -133,12 +134,12 @@ def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
     given = config_of(tmp_path, micro_batch=8, eval_micro_batch=8, auto_find_batch_size=True)
 
     def resumed(config: TrainConfig) -> RunConfig:
-        config = run_module._with_found_micro_batch(config, folder)
-        run_module._refuse_other_config(config, folder)
+        config = with_found_micro_batch(config, folder)
+        refuse_other_config(config, folder)
         return config.run
 
     assert resumed(given) == given.run  # there is no run yet
-    run_module._claim(halved(given, tmp_path), folder)
+    claim(halved(given, tmp_path), folder)
     save_checkpoint(lambda _: None, LoopState(), f"{folder}/checkpoints", extra={}, retained=1)
     found = resumed(given)
     assert (found.micro_batch, found.eval_micro_batch, found.global_batch) == (4, 4, 8)
@@ -147,14 +148,14 @@ def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
         resumed(config_of(tmp_path, micro_batch=8))
     tokens = config_of(tmp_path, micro_batch_tokens=4096, auto_find_batch_size=True)
     assert resumed(tokens) == tokens.run  # the run had pairs
-    run_module._claim(halved(tokens, tmp_path), folder)
+    claim(halved(tokens, tmp_path), folder)
     assert resumed(tokens).micro_batch_tokens == 2048
 
 
 def test_what_was_chosen_is_not_what_was_found(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    run_module._claim(config_of(tmp_path, micro_batch=2), folder)
+    claim(config_of(tmp_path, micro_batch=2), folder)
     save_checkpoint(lambda _: None, LoopState(), f"{folder}/checkpoints", extra={}, retained=1)
     larger = config_of(tmp_path, micro_batch=8, auto_find_batch_size=True)
-    assert run_module._with_found_micro_batch(larger, folder) == larger
-    run_module._refuse_other_config(larger, folder)
+    assert with_found_micro_batch(larger, folder) == larger
+    refuse_other_config(larger, folder)
