@@ -46,7 +46,7 @@ from ray_prefopt.data.prepare import length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
 from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
-from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses, pair_rewards
+from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses, pair_rewards
 from ray_prefopt.model.adapters import base_of, with_adapter
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.load import (
@@ -481,8 +481,9 @@ class CPOTrainer:
         logps = pair_logps(model, collated, keep_logits=keeps_logits(model))
         tokens = sum(len(pair.chosen) - pair.chosen_start for pair in pairs)
         aux_loss_coef = getattr(getattr(model, "config", None), "router_aux_loss_coef", 0.0)
-        objective = make_objective(self._config.loss, aux_loss_coef=aux_loss_coef)
-        loss, sums = objective(logps, collated.weights_B, StepTotals(len(pairs), tokens))
+        objective = Objective(self._config.loss, aux_loss_coef)
+        loss = objective.loss(logps, collated.weights_B, StepTotals(len(pairs), tokens))
+        sums = objective.sums(logps, collated.weights_B, loss)
         prefix = "eval_" if train_eval == "eval" else ""
         values = means({name: value.item() for name, value in sums.items()}, steps=1)
         return loss, {prefix + name: value for name, value in values.items()}

@@ -1,6 +1,5 @@
 """From log-probabilities of a micro-batch to its share of the step's loss, and the sums that metrics are made of."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,28 +18,59 @@ class StepTotals:
     chosen_tokens: int
 
 
-Objective = Callable[[PairLogps, Tensor, StepTotals], tuple[Tensor, dict[str, Tensor]]]
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a loss section asks for, of a micro-batch at a time.
 
-
-def make_objective(config: LossConfig, *, aux_loss_coef: float = 0.0) -> Objective:
-    """The objective of a loss section.
-
-    It takes log-probabilities, weights (B,) that are 1 for a pair and 0 for filler, and the totals of the step; it
-    returns a scalar whose sum over the step's micro-batches on all ranks is the step's loss, and weighted sums over
-    pairs, (), without gradient, under TRL's metric names (`nll_loss` is a sum over `nll_weight`: tokens, or pairs where
-    it is averaged over micro-batches).
+    Weights, (B,), are 1 for a pair and 0 for filler.
     """
 
-    def objective(logps: PairLogps, weights: Tensor, totals: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
+    config: LossConfig
+    aux_loss_coef: float = 0.0
+    """Weight of the router's loss, of models that have one."""
+
+    def loss(self, logps: PairLogps, weights: Tensor, totals: StepTotals) -> Tensor:
+        """A scalar whose sum over the step's micro-batches on all ranks is the step's loss."""
+        config = self.config
         share = weights.sum() / totals.pairs
         loss = (weights * pair_losses(config, logps)).sum() / totals.pairs
         if config.cpo_alpha:
             loss = loss + config.cpo_alpha * _nll(config, logps, weights, totals)
         if logps.aux_loss is not None:
-            loss = loss + aux_loss_coef * share * logps.aux_loss
-        return loss, _metric_sums(logps, weights, loss, config)
+            loss = loss + self.aux_loss_coef * share * logps.aux_loss
+        return loss
 
-    return objective
+    @torch.no_grad()
+    def sums(self, logps: PairLogps, weights: Tensor, loss: Tensor) -> dict[str, Tensor]:
+        """Weighted sums over pairs, (), under TRL's metric names, and this `loss`.
+
+        `nll_loss` is a sum over `nll_weight`: tokens, or pairs where it is averaged over micro-batches.
+        """
+        chosen, rejected = read_by_loss(self.config, logps)
+        reward_chosen, reward_rejected = pair_rewards(self.config, logps)
+        per_pair = {
+            "rewards/chosen": reward_chosen,
+            "rewards/rejected": reward_rejected,
+            "rewards/accuracies": (reward_chosen > reward_rejected).float(),
+            "rewards/margins": reward_chosen - reward_rejected,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "logps_mean/chosen": logps.chosen_mean,
+            "logps_mean/rejected": logps.rejected_mean,
+            "logps_mean/accuracies": (logps.chosen_mean > logps.rejected_mean).float(),
+            "logits/chosen": logps.chosen_logits,
+            "logits/rejected": logps.rejected_logits,
+            "completions/chosen_length": logps.chosen_len,
+            "completions/rejected_length": logps.rejected_len,
+        }
+        sums = {name: (weights * value).sum() for name, value in per_pair.items()}
+        pairs, tokens = weights.sum(), sums["completions/chosen_length"]
+        nll = -(weights * logps.chosen).sum()
+        if self.config.nll_average == "micro_batch":
+            nll, tokens = pairs * nll / tokens.clamp(min=1), pairs
+        if logps.aux_loss is not None:
+            sums["aux_loss"] = pairs * logps.aux_loss
+        return {"loss": loss.detach(), "pairs": pairs, "nll_loss": nll, "nll_weight": tokens, **sums}
 
 
 def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
@@ -59,11 +89,16 @@ def pair_losses(config: LossConfig, logps: PairLogps) -> Tensor:
     )
 
 
+def read_by_loss(config: LossConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """What the loss reads of the chosen and the rejected completions: CPO the sums, the others the means; (B,) each."""
+    if isinstance(config, CPOLoss):
+        return logps.chosen, logps.rejected
+    return logps.chosen_mean, logps.rejected_mean
+
+
 def pair_rewards(config: LossConfig, logps: PairLogps) -> tuple[Tensor, Tensor]:
     """The implicit rewards of the chosen and the rejected completion of each pair, (B,) each."""
-    is_summed = isinstance(config, CPOLoss)
-    chosen = logps.chosen if is_summed else logps.chosen_mean
-    rejected = logps.rejected if is_summed else logps.rejected_mean
+    chosen, rejected = read_by_loss(config, logps)
     alpha = getattr(config, "alpha", 0.0)
     return config.beta * alpha_reward(chosen, alpha), config.beta * alpha_reward(rejected, alpha)
 
@@ -75,32 +110,3 @@ def _nll(config: LossConfig, logps: PairLogps, weights: Tensor, totals: StepTota
         return nll / totals.chosen_tokens
     tokens = (weights * logps.chosen_len).sum().clamp(min=1)
     return nll / tokens * (weights.sum() / totals.pairs)
-
-
-@torch.no_grad()
-def _metric_sums(logps: PairLogps, weights: Tensor, loss: Tensor, config: LossConfig) -> dict[str, Tensor]:
-    is_summed = isinstance(config, CPOLoss)
-    reward_chosen, reward_rejected = pair_rewards(config, logps)
-    per_pair = {
-        "rewards/chosen": reward_chosen,
-        "rewards/rejected": reward_rejected,
-        "rewards/accuracies": (reward_chosen > reward_rejected).float(),
-        "rewards/margins": reward_chosen - reward_rejected,
-        "logps/chosen": logps.chosen if is_summed else logps.chosen_mean,
-        "logps/rejected": logps.rejected if is_summed else logps.rejected_mean,
-        "logps_mean/chosen": logps.chosen_mean,
-        "logps_mean/rejected": logps.rejected_mean,
-        "logps_mean/accuracies": (logps.chosen_mean > logps.rejected_mean).float(),
-        "logits/chosen": logps.chosen_logits,
-        "logits/rejected": logps.rejected_logits,
-        "completions/chosen_length": logps.chosen_len,
-        "completions/rejected_length": logps.rejected_len,
-    }
-    sums = {name: (weights * value.detach()).sum() for name, value in per_pair.items()}
-    pairs, tokens = weights.sum(), sums["completions/chosen_length"]
-    nll = -(weights * logps.chosen.detach()).sum()
-    if config.nll_average == "micro_batch":
-        nll, tokens = pairs * nll / tokens.clamp(min=1), pairs
-    if logps.aux_loss is not None:
-        sums["aux_loss"] = pairs * logps.aux_loss.detach()
-    return {"loss": loss.detach(), "pairs": pairs, "nll_loss": nll, "nll_weight": tokens, **sums}

@@ -32,7 +32,7 @@ from ray_prefopt.engine.base import Engine
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.engine.zero import to_universal
 from ray_prefopt.errors import CheckpointError, ConfigError, OutOfMemoryError
-from ray_prefopt.losses.objective import Objective, make_objective
+from ray_prefopt.losses.objective import Objective
 from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.layout import make_scorer
@@ -134,7 +134,7 @@ class _Training:
         self._engine, self._plan, self._blocks = engine, plan, blocks
         self._state = checkpoint.state if checkpoint else LoopState()
         _check_order(plan, self._state)
-        self._objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
+        self._objective = Objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
         self._scorer, why_padded = _scorer_of(job, engine)
         if why_padded and job.config.model.layout == "auto":
             reports.note(f"pairs are padded, not packed: {why_padded}")
@@ -294,7 +294,7 @@ def evaluate_worker(job: Job, device: torch.device) -> Evaluation:
     """Every evaluation set, by the model or by the checkpoint that run.resume_from names."""
     _set_up(job.config)
     engine = _engine_at(job, 1, device, _starting_point(job))
-    objective = make_objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
+    objective = Objective(job.config.loss, aux_loss_coef=aux_loss_coef(engine))
     scorer, _ = _scorer_of(job, engine)
     sets = _eval_sets(job, engine, scorer, _costs(engine, scorer))
     return _evaluate_all(engine, scorer, sets, objective, job)

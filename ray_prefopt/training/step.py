@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -48,12 +49,14 @@ def train_step(
         if losses:
             notify("on_substep_end")
         batch = batch.to(engine.device)
-        loss, sums = _loss(scorer, batch, objective, inputs.totals)
+        loss, logps = scorer.loss(
+            batch, partial(objective.loss, weights=batch.weights_B, totals=inputs.totals)
+        )
         losses.append(loss.detach())
-        # Whether it is finite is not looked at here, which would wait for the device: by this it has a gradient that is
-        # not finite either, at which the engine stops.
+        metrics.add(objective.sums(logps, batch.weights_B, losses[-1]))
+        # Times one, or NaN for a loss that is not finite: its gradient is NaN then, at which the engine stops. To look
+        # at the loss here would be to wait for the device.
         engine.backward(loss * (1 + 0 * losses[-1]))
-        metrics.add(sums)
     notify("on_pre_optimizer_step")
     try:
         norm = engine.step()
@@ -68,15 +71,6 @@ def train_step(
     notify("on_optimizer_step")
     metrics.end_step()
     return norm
-
-
-def _loss(
-    scorer: Scorer, batch: Batch, objective: Objective, totals: StepTotals
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the objective makes of a micro-batch; the loss alone has a gradient."""
-    loss, logps = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
-    with torch.no_grad():
-        return loss, objective(logps, batch.weights_B, totals)[1]
 
 
 REMEDY = (
@@ -118,8 +112,8 @@ def evaluate(
     for batch in batches:
         batch = batch.to(engine.device)
         logps = scorer.logps(batch)
-        _, sums = objective(logps, batch.weights_B, totals)
-        metrics.add(sums)
+        loss = objective.loss(logps, batch.weights_B, totals)
+        metrics.add(objective.sums(logps, batch.weights_B, loss))
         if each is not None:
             each(logps, batch)
     engine.module.train()

@@ -227,7 +227,7 @@ def run_bare(job: Job) -> Job:
     from ray_prefopt.data.prepare import find_blocks
     from ray_prefopt.data.stream import PairReader
     from ray_prefopt.engine.build import build_engine
-    from ray_prefopt.losses.objective import make_objective
+    from ray_prefopt.losses.objective import Objective
     from ray_prefopt.model.layout import make_scorer
     from ray_prefopt.training.batches import batching_of, costs_of, layout_of, step_inputs
     from ray_prefopt.training.job import make_plan
@@ -251,7 +251,7 @@ def run_bare(job: Job) -> Job:
     steps = list(
         step_inputs(plan, batching, PairReader(blocks), 0, lambda pairs, weight: pack(pairs, weight=weight))
     )
-    objective, metrics = make_objective(config.loss), MetricSums()
+    objective, metrics = Objective(config.loss), MetricSums()
     taken, losses = [], []
     for inputs in steps:
         begun = time.perf_counter()

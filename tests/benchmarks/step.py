@@ -280,7 +280,7 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
     from ray_prefopt.data.formats import PreferencePair
     from ray_prefopt.data.tokenization import LengthLimits, tokenize_pairs
     from ray_prefopt.engine.plain import PlainEngine
-    from ray_prefopt.losses.objective import StepTotals, make_objective
+    from ray_prefopt.losses.objective import Objective, StepTotals
     from ray_prefopt.model.layout import make_scorer
     from ray_prefopt.model.load import load_model
     from ray_prefopt.training.metrics import MetricSums
@@ -314,7 +314,7 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
     if arm == "unshared":
         collate._common = lambda *_: 0
     loss = SimPOLoss(beta=2.0, gamma_beta_ratio=0.5, cpo_alpha=0.5, nll_average="micro_batch")
-    objective = make_objective(loss)
+    objective = Objective(loss)
     meter.loaded(module)
     losses = []
     for step in range(job["steps"] + 2):

@@ -14,7 +14,7 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.collate import collate, pack
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.losses import head
-from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.layout import make_scorer
 from tests.gang import run_gang
 from tests.tiny import save_tiny_model
@@ -92,7 +92,7 @@ def _step(config: TrainConfig) -> Done:
     scorer, _ = make_scorer(
         engine.forward, engine.module, config.model, getattr(torch, config.model.dtype), CPU
     )
-    objective, totals, losses = make_objective(config.loss), StepTotals(32, 200), []
+    objective, totals, losses = Objective(config.loss), StepTotals(32, 200), []
     micro_batches = []
     for index in range(2):
         pairs = pairs_of(8, seed=2 * dist.get_rank() + index)
@@ -103,7 +103,7 @@ def _step(config: TrainConfig) -> Done:
             evaluated = torch.cat([scorer.logps(batch).chosen for batch in micro_batches])
         for batch in micro_batches:
             loss, _ = scorer.loss(
-                batch, lambda logps, batch=batch: objective(logps, batch.weights_B, totals)[0]
+                batch, lambda logps, batch=batch: objective.loss(logps, batch.weights_B, totals)
             )
             engine.backward(loss)
             losses.append(float(loss.detach()))

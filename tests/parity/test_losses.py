@@ -20,7 +20,7 @@ from ray_prefopt.config import CPOLoss, CPOSimPOLoss, IPOLoss, LossConfig, SimPO
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.losses.logps import PairLogps, token_logps
-from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
+from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.training.metrics import means
 from tests.tiny import tiny_model
@@ -98,8 +98,7 @@ def test_losses_and_rewards_equal_trl(arguments: Trl, rows: Sequence[tuple[float
     losses, reward_chosen, reward_rejected = arguments.trainer().cpo_loss(*given_to_trl)
     torch.testing.assert_close(pair_losses(arguments.ours(), logps), losses, rtol=1e-9, atol=1e-9)
 
-    totals = StepTotals(len(rows), int(chosen_len.sum()))
-    _, sums = make_objective(arguments.ours())(logps, torch.ones_like(chosen), totals)
+    sums = Objective(arguments.ours()).sums(logps, torch.ones_like(chosen), torch.zeros(()))
     rewards = {"rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected}
     for name, reward in rewards.items():
         torch.testing.assert_close(sums[name], reward.sum(), rtol=1e-9, atol=1e-9)
@@ -216,10 +215,11 @@ def test_loss_gradient_and_metrics_of_a_micro_batch_equal_trl(kind: str, name: s
     expected_gradient = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
 
     batch = collate(pairs, pad_id=PAD)
-    objective = make_objective(arguments.ours(), aux_loss_coef=trainer.aux_loss_coef)
+    objective = Objective(arguments.ours(), aux_loss_coef=trainer.aux_loss_coef)
     totals = StepTotals(len(pairs), sum(len(pair.chosen) - pair.chosen_start for pair in pairs))
     logps = pair_logps(model, batch, keep_logits=keeps_logits(model))
-    loss, sums = objective(logps, batch.weights_B, totals)
+    loss = objective.loss(logps, batch.weights_B, totals)
+    sums = objective.sums(logps, batch.weights_B, loss)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     gradient = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     for one, other in zip(gradient, expected_gradient, strict=True):

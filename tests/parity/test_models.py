@@ -13,7 +13,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.data.collate import collate
-from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.load import load_model
 from ray_prefopt.training.export import export
@@ -88,8 +88,9 @@ def test_a_micro_batch_equals_trl(kind: str, folders: Any) -> None:
     assert coefficient == trainer.aux_loss_coef
     logps = pair_logps(model, collate(pairs, pad_id=PAD), keep_logits=keeps_logits(model))
     totals = StepTotals(len(pairs), sum(len(pair.chosen) - pair.chosen_start for pair in pairs))
-    objective = make_objective(LOSS.ours(), aux_loss_coef=coefficient)
-    loss, sums = objective(logps, torch.ones(len(pairs)), totals)
+    objective = Objective(LOSS.ours(), aux_loss_coef=coefficient)
+    loss = objective.loss(logps, torch.ones(len(pairs)), totals)
+    sums = objective.sums(logps, torch.ones(len(pairs)), loss)
 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert (logps.aux_loss is not None) == ("num_experts_per_tok" in FAMILIES[kind])

@@ -15,7 +15,7 @@ from ray_prefopt.config import CPOLoss, CPOSimPOLoss, LossConfig, ModelConfig, O
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
-from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.load import load_model
 from ray_prefopt.training.metrics import MetricSums
 from ray_prefopt.training.step import StepInput, train_step
@@ -148,7 +148,7 @@ def trained_by_us(
     model = load_model(ModelConfig(from_config=architecture, tokenizer="-"), dtype=torch.float32, seed=0)
     engine = PlainEngine(model, optim, total_steps=STEPS, dtype=torch.float32, device=torch.device("cpu"))
     coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
-    objective = make_objective(case.loss, aux_loss_coef=coefficient)
+    objective = Objective(case.loss, aux_loss_coef=coefficient)
     metrics, records = MetricSums(), []
     for step in range(STEPS):
         ids = np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)

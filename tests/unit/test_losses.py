@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ray_prefopt.config import CPOLoss, CPOSimPOLoss, IPOLoss, LossConfig, SimPOLoss
 from ray_prefopt.losses.logps import PairLogps
-from ray_prefopt.losses.objective import StepTotals, make_objective, pair_losses
+from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses
 from ray_prefopt.losses.preference import alpha_reward, cpo_loss, ipo_loss, simpo_loss
 
 
@@ -120,13 +120,13 @@ def test_losses_of_extreme_margins_are_finite_with_finite_gradients(margin: floa
     ids=lambda config: f"{config.kind}-{config.nll_average}",
 )
 def test_gradients_match_finite_differences(config: LossConfig) -> None:
-    objective = make_objective(config, aux_loss_coef=0.1)
+    objective = Objective(config, aux_loss_coef=0.1)
     lens = torch.tensor([2.0, 5.0], dtype=torch.float64), torch.tensor([3.0, 4.0], dtype=torch.float64)
     weights = torch.ones(2, dtype=torch.float64)
 
     def loss(chosen: Tensor, rejected: Tensor, aux: Tensor) -> Tensor:
         logps = PairLogps(chosen, rejected, *lens, torch.zeros(2), torch.zeros(2), aux_loss=aux)
-        return objective(logps, weights, StepTotals(pairs=4, chosen_tokens=11))[0]
+        return objective.loss(logps, weights, StepTotals(pairs=4, chosen_tokens=11))
 
     values = ([-2.0, -7.0], [-3.5, -6.0], 1.5)
     inputs = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in values]
@@ -141,8 +141,8 @@ def test_nll_average_step_and_micro_batch_by_hand() -> None:
 
     def step_loss(nll_average: str, micro_batches: list[PairLogps]) -> float:
         config = CPOLoss(beta=0.1, cpo_alpha=0.5, nll_average=nll_average)
-        objective = make_objective(config)
-        shares = [objective(logps, torch.ones_like(logps.chosen), totals)[0] for logps in micro_batches]
+        objective = Objective(config)
+        shares = [objective.loss(logps, torch.ones_like(logps.chosen), totals) for logps in micro_batches]
         return float(sum(shares))
 
     # step: (2 + 18) / 8 = 2.5, however the pairs are grouped
@@ -155,8 +155,9 @@ def test_nll_average_step_and_micro_batch_by_hand() -> None:
 
 def test_aux_loss_is_added_by_the_share_of_pairs() -> None:
     logps = replace(pairs([-1], [-1], [1], [1]), aux_loss=torch.tensor(3.0, dtype=torch.float64))
-    objective = make_objective(CPOLoss(cpo_alpha=0), aux_loss_coef=0.1)
-    loss, sums = objective(logps, torch.ones(1), StepTotals(pairs=4, chosen_tokens=4))
+    objective = Objective(CPOLoss(cpo_alpha=0), aux_loss_coef=0.1)
+    loss = objective.loss(logps, torch.ones(1), StepTotals(pairs=4, chosen_tokens=4))
+    sums = objective.sums(logps, torch.ones(1), loss)
     # one pair of four: (log 2 + 0.1 * 3) / 4
     assert loss.item() == pytest.approx((math.log(2) + 0.3) / 4)
     assert sums["aux_loss"].item() == 3.0
@@ -165,22 +166,24 @@ def test_aux_loss_is_added_by_the_share_of_pairs() -> None:
 @pytest.mark.parametrize("nll_average", ["step", "micro_batch"])
 def test_filler_counts_for_nothing(nll_average: str) -> None:
     logps = replace(pairs([-1], [-2], [1], [1]), aux_loss=torch.tensor(3.0))
-    objective = make_objective(CPOLoss(nll_average=nll_average), aux_loss_coef=0.1)
-    loss, sums = objective(logps, torch.zeros(1), StepTotals(pairs=4, chosen_tokens=4))
+    objective = Objective(CPOLoss(nll_average=nll_average), aux_loss_coef=0.1)
+    loss = objective.loss(logps, torch.zeros(1), StepTotals(pairs=4, chosen_tokens=4))
+    sums = objective.sums(logps, torch.zeros(1), loss)
     assert loss.item() == 0.0
     assert {name: value.item() for name, value in sums.items()} == dict.fromkeys(sums, 0.0)
 
 
 def test_metric_sums_by_hand() -> None:
     logps = pairs([-2, -9], [-6, -4], [2, 3], [3, 4])
-    totals = StepTotals(pairs=2, chosen_tokens=5)
+    loss = torch.tensor(3.0, requires_grad=True)
 
     def read(config: LossConfig) -> dict[str, float]:
-        _, sums = make_objective(config)(logps, torch.ones(2), totals)
+        sums = Objective(config).sums(logps, torch.ones(2), loss)
         assert not any(value.requires_grad for value in sums.values())
         return {name: value.item() for name, value in sums.items()}
 
     shared = {
+        "loss": 3.0,
         "pairs": 2.0,
         "nll_loss": 11.0,
         "nll_weight": 5.0,  # tokens
@@ -195,9 +198,7 @@ def test_metric_sums_by_hand() -> None:
     }
     cpo = read(CPOLoss(beta=0.5, cpo_alpha=0))
     rewards = {"rewards/chosen": -5.5, "rewards/rejected": -5.0, "rewards/margins": -0.5}
-    assert cpo == pytest.approx(
-        shared | rewards | {"logps/chosen": -11, "logps/rejected": -10, "loss": cpo["loss"]}
-    )
+    assert cpo == pytest.approx(shared | rewards | {"logps/chosen": -11, "logps/rejected": -10})
     by_micro_batch = read(CPOLoss(nll_average="micro_batch"))
     assert (by_micro_batch["nll_loss"], by_micro_batch["nll_weight"]) == (
         pytest.approx(2 * 11 / 5),
@@ -205,9 +206,7 @@ def test_metric_sums_by_hand() -> None:
     )  # pairs
     simpo = read(SimPOLoss(beta=2))  # the target margin is no part of a reward
     rewards = {"rewards/chosen": -8.0, "rewards/rejected": -6.0, "rewards/margins": -2.0}
-    assert simpo == pytest.approx(
-        shared | rewards | {"logps/chosen": -4, "logps/rejected": -3, "loss": simpo["loss"]}
-    )
+    assert simpo == pytest.approx(shared | rewards | {"logps/chosen": -4, "logps/rejected": -3})
     # rewards of AlphaPO are the transformed ones: 1 - 1/p
     alpha = read(SimPOLoss(beta=1, alpha=1))
     assert alpha["rewards/chosen"] == pytest.approx((1 - math.e) + (1 - math.e**3))

@@ -19,7 +19,7 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ModelError
 from ray_prefopt.losses import head as head_module
 from ray_prefopt.losses.logps import PairLogps
-from ray_prefopt.losses.objective import StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model import attention as attention_module
 from ray_prefopt.model import onednn as onednn_module
 from ray_prefopt.model.attention import NAME, packed_attention
@@ -84,9 +84,9 @@ def scorers(
 def graded(
     scorer: Scorer, batch: Batch, config: LossConfig, model: nn.Module
 ) -> tuple[Tensor, PairLogps, dict[str, Tensor]]:
-    objective = make_objective(config)
+    objective = Objective(config)
     totals = StepTotals(len(batch.weights_B), 31)
-    loss, logps = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
+    loss, logps = scorer.loss(batch, lambda logps: objective.loss(logps, batch.weights_B, totals))
     model.zero_grad()
     (loss * 2).backward()
     return (
@@ -314,7 +314,7 @@ def test_half_precision_is_as_near_as_that_of_padded_pairs() -> None:
 def test_fp16_has_the_gradients_of_all_logits_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a loss that is a millionth of a step's, whose slopes fp16 would round to nothing; but not beyond its range."""
     model, batch, totals = model_of(kind), pack(pairs_of(6, seed=3)), StepTotals(10**6, 10**6)
-    exact, objective = scorers(model)[0], make_objective(LOSSES[0])
+    exact, objective = scorers(model)[0], Objective(LOSSES[0])
     monkeypatch.setitem(head_module.CHUNK_ELEMENTS, "cpu", 20 * 512)
 
     def forward(**inputs: Any) -> Any:
@@ -322,7 +322,7 @@ def test_fp16_has_the_gradients_of_all_logits_at_once(kind: str, monkeypatch: py
             return model(**inputs)
 
     def gradient(scorer: Scorer, scale: float) -> Tensor:
-        loss, _ = scorer.loss(batch, lambda logps: objective(logps, batch.weights_B, totals)[0])
+        loss, _ = scorer.loss(batch, lambda logps: objective.loss(logps, batch.weights_B, totals))
         model.zero_grad()
         (loss * scale).backward()
         return torch.cat([each.grad.flatten() for each in model.parameters()]) / scale

@@ -12,7 +12,7 @@ from ray_prefopt.data.collate import PairBatch, collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.errors import NonFiniteError
-from ray_prefopt.losses.objective import Objective, StepTotals, make_objective
+from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model.forward import pair_logps
 from ray_prefopt.training.metrics import MetricSums
 from ray_prefopt.training.step import REMEDY, StepInput, evaluate, train_step
@@ -20,7 +20,7 @@ from tests.tiny import random_pairs, tiny_model
 
 PAD = 0
 LOSS = CPOSimPOLoss(cpo_alpha=0.5)
-OBJECTIVE = make_objective(LOSS)
+OBJECTIVE = Objective(LOSS)
 GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 """Options of an optimizer that moves weights by their gradient."""
 
@@ -162,14 +162,15 @@ def test_a_loss_that_is_not_finite_is_named_before_anything_moves(value: float, 
 
 
 def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
-    def root_of_zero(logps: Any, weights: Tensor, totals: StepTotals) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, sums = OBJECTIVE(logps, weights, totals)
-        return loss + (0 * logps.chosen.sum()).sqrt(), sums  # 0, with an infinite derivative
+    class RootOfZero(Objective):
+        def loss(self, logps: Any, weights: Tensor, totals: StepTotals) -> Tensor:
+            loss = super().loss(logps, weights, totals)
+            return loss + (0 * logps.chosen.sum()).sqrt()  # 0, with an infinite derivative
 
     engine = engine_of()
     start = weights_of(engine)
     with pytest.raises(NonFiniteError) as caught:
-        train_step(engine, inputs_of(random_pairs(2), 1, step=2), root_of_zero, MetricSums())
+        train_step(engine, inputs_of(random_pairs(2), 1, step=2), RootOfZero(LOSS), MetricSums())
     assert str(caught.value) == (
         "step 3: the gradient norm is nan, though every loss is finite; nothing was updated. " + REMEDY
     )
@@ -185,7 +186,7 @@ def batches_of(pairs: list[TokenizedPair], micro_batch: int) -> list[PairBatch]:
 
 def test_an_evaluation_is_the_mean_over_all_pairs() -> None:
     pairs = random_pairs(5)
-    objective = make_objective(CPOLoss(beta=0.1, cpo_alpha=1.0))
+    objective = Objective(CPOLoss(beta=0.1, cpo_alpha=1.0))
     engine = engine_of()
     start = weights_of(engine)
     filler = collate(pairs[:1], pad_id=PAD, weight=0.0)
