@@ -5,6 +5,7 @@ TrainConfig, and hands over to `training.run`.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -603,9 +604,13 @@ def _summary(records: Sequence[Mapping[str, float]], seconds: float) -> dict[str
 
 
 def _best(records: Sequence[Mapping[str, float]], run: RunConfig) -> dict[str, Any]:
-    """Value and step of the best evaluation, as TrainerState names them; the first one of equals."""
+    """Value and step of the best evaluation after the first step, as TrainerState names them; the first of equals."""
     metric = run.best_metric or ""
-    found = [(record[metric], int(record["step"])) for record in records if metric in record]
+    found = [
+        (record[metric], int(record["step"]))
+        for record in records
+        if record["step"] and not math.isnan(record.get(metric, math.nan))
+    ]
     if not found:
         return {}
     value, step = (min if run.is_lower_better(metric) else max)(found, key=lambda entry: entry[0])

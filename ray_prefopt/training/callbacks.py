@@ -1,6 +1,7 @@
 """transformers' TrainerCallbacks in the worker loop, with the events and the state that its Trainer gives them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,6 +64,13 @@ class Callbacks:
     def expect(self, *, log: bool, evaluate: bool, save: bool) -> None:
         """What the config has for this step; callbacks may change it."""
         self.control.should_log, self.control.should_evaluate, self.control.should_save = log, evaluate, save
+
+    def measured(self, value: float, *, is_lower_better: bool) -> None:
+        """An evaluation gave `value` of the metric that decides."""
+        state, best = self.state, self.state.best_metric
+        is_better = best is None or (value < best if is_lower_better else value > best)
+        if is_better and not math.isnan(value):
+            state.best_metric, state.best_global_step = value, state.global_step
 
     def agree(self) -> TrainerControl:
         """What is to happen now, the same on all ranks. Raises ConfigError for a wish that cannot be met."""

@@ -6,13 +6,14 @@ random suffix, so that a retry or a worker thought dead can never write into ano
 
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -45,8 +46,10 @@ class LoopState:
     order_hash: str = ""
     """Running hash of the pair ids of those steps (`data.plan.extend_hash`)."""
     best_value: float | None = None
-    """Best value of run.best_metric so far."""
+    """Of the best checkpoint so far; higher is better."""
     best_step: int | None = None
+    best_by: str = ""
+    """The metric that decided, and its mode."""
     stopped: bool = False
     """A callback ended training here, before the last step."""
 
@@ -91,24 +94,40 @@ def save_checkpoint(
     fs, root = url_to_fs(folder)
     name = ranks.broadcast(f"step-{state.step:08d}-{secrets.token_hex(4)}")
     target = f"{root}/{name}"
-    parts = ranks.all_gather(
-        _attempt(lambda: _write_part(fs, write, target, extra if ranks.rank() == 0 else {}))
-    )
-    failures = [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, Exception)]
-    files = tuple(sorted(file for part in parts if not isinstance(part, Exception) for file in part))
-    checkpoint = Checkpoint(f"{folder.rstrip('/')}/{name}", state, ranks.world_size(), files)
-    if not failures and ranks.rank() == 0:
-        failure = _attempt(lambda: _commit(fs, target, checkpoint))
-        failures = [f"rank 0: {failure}"] if failure else []
-    failures = ranks.broadcast(failures)
-    if ranks.rank() == 0:
-        _attempt(lambda: fs.rm(target, recursive=True) if failures else _retain(fs, root, retained, state))
-    if failures:
+    own_extra = extra if ranks.rank() == 0 else {}
+    try:
+        with ExitStack() as stack:
+            # All of them or none: an engine that writes waits for the other ranks.
+            folders = _on_all_ranks(lambda: stack.enter_context(_private_folder(fs, target)))
+            private = Path(folders[ranks.rank()])
+            parts = _on_all_ranks(lambda: _write_part(fs, write, private, target, own_extra))
+        files = tuple(sorted(file for part in parts for file in part))
+        checkpoint = Checkpoint(f"{folder.rstrip('/')}/{name}", state, ranks.world_size(), files)
+        _on_all_ranks(lambda: _commit(fs, target, checkpoint) if ranks.rank() == 0 else None)
+    except _RankError as error:
+        ranks.all_gather(None)  # until each has deleted its own folder
+        if ranks.rank() == 0:
+            _attempt(lambda: fs.rm(target, recursive=True))
         raise CheckpointError(
-            f"step {state.step}: the checkpoint could not be written to {folder}: {'; '.join(failures)}. "
+            f"step {state.step}: the checkpoint could not be written to {folder}: {error}. "
             "The one before it stands; free space or mend the storage, and start the same command again"
-        )
+        ) from None
+    if ranks.rank() == 0:
+        _attempt(lambda: _retain(fs, root, retained, checkpoint))
     return checkpoint
+
+
+class _RankError(Exception):
+    """What went wrong, by rank; raised on all of them."""
+
+
+def _on_all_ranks(action: Callable[[], T]) -> list[T]:
+    """What each rank's action returns, on every rank. Raises _RankError on all ranks if any could not."""
+    outcomes = ranks.all_gather(_attempt(action))
+    failures = [f"rank {rank}: {each}" for rank, each in enumerate(outcomes) if isinstance(each, Exception)]
+    if failures:
+        raise _RankError("; ".join(failures))
+    return [each for each in outcomes if not isinstance(each, Exception)]
 
 
 def _attempt(action: Callable[[], T]) -> T | Exception:
@@ -119,16 +138,24 @@ def _attempt(action: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _write_part(
-    fs: fsspec.AbstractFileSystem, write: Callable[[Path], None], target: str, extra: dict[str, str]
-) -> list[FileEntry]:
+def _private_folder(fs: fsspec.AbstractFileSystem, target: str) -> tempfile.TemporaryDirectory[str]:
+    """An empty local folder of this rank."""
     fs.makedirs(target, exist_ok=True)
     beside = target if isinstance(fs, LocalFileSystem) else None  # so that publishing is a rename
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".rank-") as private:
-        write(Path(private))
-        for file, text in extra.items():
-            Path(private, file).write_text(text)
-        return [_publish(fs, path, Path(private), target) for path in _files(Path(private))]
+    return tempfile.TemporaryDirectory(dir=beside, prefix=".rank-")
+
+
+def _write_part(
+    fs: fsspec.AbstractFileSystem,
+    write: Callable[[Path], None],
+    private: Path,
+    target: str,
+    extra: dict[str, str],
+) -> list[FileEntry]:
+    write(private)
+    for file, text in extra.items():
+        (private / file).write_text(text)
+    return [_publish(fs, path, private, target) for path in _files(private)]
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -185,15 +212,17 @@ def write_text(fs: fsspec.AbstractFileSystem, path: str, text: str) -> None:
         os.close(directory)
 
 
-def _retain(fs: fsspec.AbstractFileSystem, root: str, retained: int, state: LoopState) -> None:
-    """Delete what killed ranks left unfinished, and all but the newest and the best checkpoints.
+def _retain(fs: fsspec.AbstractFileSystem, root: str, retained: int, saved: Checkpoint) -> None:
+    """Delete what killed ranks left unfinished, and all but the newest and the best checkpoints; and another one of the
+    step that is `saved`, which was passed over as torn.
 
     Manifests go first, so that no checkpoint is ever half there.
     """
-    committed = _folders(fs, root)
+    committed, state = _folders(fs, root), saved.state
     keep = {step for step, _ in committed[-retained:]} | {state.step, state.best_step}
     for step, folder in committed:
-        if step not in keep:
+        is_old = step == state.step and not saved.path.endswith(folder.rsplit("/", 1)[-1])
+        if is_old or step not in keep:
             fs.rm_file(f"{folder}/{MANIFEST}")
             fs.rm(folder, recursive=True)
     for _, folder in set(_named_folders(fs, root)) - set(committed):
@@ -293,6 +322,12 @@ def has_checkpoints(folder: str) -> bool:
     return bool(_folders(*url_to_fs(folder)))
 
 
+def begun_anew(checkpoint: Checkpoint) -> Checkpoint:
+    """As another run begins with it: what is best, and where to stop, is for that run to find."""
+    state = replace(checkpoint.state, best_value=None, best_step=None, best_by="", stopped=False)
+    return replace(checkpoint, state=state)
+
+
 def find_checkpoint(path: str) -> Checkpoint | None:
     """The checkpoint in this folder, or the newest one of the run in it; None when it is neither's."""
     fs, folder = url_to_fs(path)
@@ -349,8 +384,12 @@ def _filled(folder: Path, make: Callable[[Path], None]) -> None:
     make(folder)
 
 
-def better(state: LoopState, value: float) -> LoopState:
-    """The state with `value` (higher is better) as the best one so far, if it is."""
-    if state.best_value is not None and value <= state.best_value:
+def better(state: LoopState, value: float, by: str) -> LoopState:
+    """The state with `value` as the best one so far, if it is: higher is better, and NaN is nothing.
+
+    `by` says what it is of; the best one by something else is none.
+    """
+    is_not = state.best_by == by and state.best_value is not None and value <= state.best_value
+    if is_not or math.isnan(value):
         return state
-    return replace(state, best_value=value, best_step=state.step)
+    return replace(state, best_value=value, best_step=state.step, best_by=by)

@@ -50,10 +50,12 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     return plan
 
 
-def _describe_model(config: ModelConfig, architecture: PretrainedConfig, parameters: int) -> dict[str, Any]:
+def _describe_model(
+    config: ModelConfig, architecture: PretrainedConfig, parameters: int | None
+) -> dict[str, Any]:
     return {
         "architecture": architecture.model_type,
-        "parameters": parameters,
+        "parameters": "known when it is loaded" if parameters is None else parameters,
         "dtype": str(compute_dtype(config, architecture)).removeprefix("torch."),
         "trained": _describe_trained(config),
     }

@@ -61,6 +61,8 @@ def export(source: str, out: str, *, merge: bool = False, details: CardDetails =
             shutil.rmtree(target, ignore_errors=True)
             staged.rename(target)
         else:
+            if fs.exists(target):
+                fs.rm(target, recursive=True)  # a folder is put into one that is there
             fs.put(str(staged), target, recursive=True)
     return out
 

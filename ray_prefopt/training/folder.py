@@ -38,7 +38,7 @@ class TrainResult:
     """Last values of everything that was logged."""
     checkpoint: str
     best_checkpoint: str
-    """The one with the best run.best_metric; the last one when nothing was evaluated."""
+    """The one with the best run.best_metric, of those whose step was evaluated; the last one if none was."""
     model: str | None
     """Hugging Face folder of the last checkpoint."""
     memory: dict[str, int] = field(default_factory=dict)

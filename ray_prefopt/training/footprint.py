@@ -17,8 +17,8 @@ from ray_prefopt.model.layout import head_of, obstacle_of
 from ray_prefopt.model.load import compute_dtype, model_class
 from ray_prefopt.training.batches import Batching, costs_of, layout_of
 
-TELLING = 1 << 28
-"""Bytes of an estimate."""
+COMPARABLE = 1 << 28
+"""Bytes of an estimate that is more than what a process on a CPU grows by besides tensors."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Outline:
     """What of a model can be known before its weights are read."""
 
     architecture: PretrainedConfig
-    parameters: int
+    parameters: int | None
+    """None where a model cannot be made on no device."""
     trainable: int | None
     """Weights that are trained; None: all."""
     costs: Costs
@@ -36,23 +37,19 @@ class Outline:
     @classmethod
     def of(cls, config: TrainConfig, architecture: PretrainedConfig) -> "Outline":
         """From a model on no device. What a probe of the workers would find out besides is taken for granted."""
-        given = config.model
-        with torch.device("meta"):
+        given, parameters, trainable, is_packed, is_chunked = config.model, None, None, True, False
+        with suppress(Exception), torch.device("meta"):  # an outline is never a reason to fail
             model: PreTrainedModel = model_class(architecture).from_config(
                 architecture, trust_remote_code=given.trust_remote_code
             )
-            parameters, trainable = model.num_parameters(), None
+            parameters = model.num_parameters()
             if given.lora is not None:
                 adapted = attach_lora(model, given.lora, seed=0)
                 trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-        is_packed = given.layout != "padded" and obstacle_of(model, given) is None
-        return cls(
-            architecture,
-            parameters,
-            trainable,
-            costs_of(architecture, layout_of(architecture, is_packed=is_packed)),
-            is_packed and head_of(model) is not None,
-        )
+            is_packed, is_chunked = obstacle_of(model, given) is None, head_of(model) is not None
+        is_packed = is_packed and given.layout != "padded"
+        costs = costs_of(architecture, layout_of(architecture, is_packed=is_packed))
+        return cls(architecture, parameters, trainable, costs, is_packed and is_chunked)
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,9 @@ class Footprint:
     tokens: int
     """Of the largest micro-batch."""
 
-    def is_telling(self, *, use_gpu: bool) -> bool:
-        """Whether what is seen can be compared: a process of its own grows by some 30 MB that are no tensors."""
-        return use_gpu or self.estimate.device > TELLING
+    def is_comparable(self, *, use_gpu: bool) -> bool:
+        """Whether what is seen can be compared: a process grows by some 30 MB that are no tensors."""
+        return use_gpu or self.estimate.device > COMPARABLE
 
     def __str__(self) -> str:
         """`about 2.1 GB, of which 1.2 GB for 2,048 tokens at once`."""
@@ -83,7 +80,7 @@ def footprint(
     `pairs` are those of training; while they are not prepared, all are as long as they may be.
     """
     given, run, engine, architecture = config.model, config.run, config.engine, outline.architecture
-    if given.quantization or given.adapter or architecture.is_encoder_decoder:
+    if given.quantization or given.adapter or architecture.is_encoder_decoder or outline.parameters is None:
         return None
     size = ModelSize.of(architecture.get_text_config(), outline.parameters, outline.trainable)
     if size is None:
@@ -111,7 +108,7 @@ def footprint(
 
 
 class Peak:
-    """The most memory that tensors of this process took since then; without a GPU, that the process grew by."""
+    """Peak memory since this was made: of tensors on a GPU; on a CPU how much the process grew."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

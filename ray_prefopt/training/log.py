@@ -1,4 +1,4 @@
-"""The run's own record: an actor that rank 0 talks to without waiting, and the driver reads from."""
+"""The run's own record: an actor that ranks, Ray Train's controller and the driver write to, and the driver reads."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ class RunLog:
     def started(self, state: LoopState, workers: int) -> None:
         """So many workers begin after `state.step`: what was logged beyond it will be logged again."""
         for lines in (self._metrics, self._samples):
-            lines.rows = [row for row in lines.rows if row["step"] <= state.step]
+            lines.rows = [row for row in lines.rows if state.step and row["step"] <= state.step]
         self.flush()
         if self._board is not None:
             self._board.close()
@@ -111,10 +111,10 @@ class RunLog:
         """So many bytes were used at the peak by the worker that used most."""
         self._memory["seen"] = memory
 
-    def compare_memory(self, estimated: int, is_telling: bool) -> None:
+    def compare_memory(self, estimated: int, is_comparable: bool) -> None:
         """Say what was seen beside what was expected, where that tells something."""
         self._memory["estimated"] = estimated
-        if is_telling and "seen" in self._memory:
+        if is_comparable and "seen" in self._memory:
             seen = decimal(self._memory["seen"])
             self.note(f"memory: {seen} seen, {decimal(estimated)} estimated")
 

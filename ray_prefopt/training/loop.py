@@ -18,7 +18,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from fsspec.core import url_to_fs
 from safetensors.torch import save_file
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
 from ray_prefopt.config import TrainConfig
@@ -53,6 +53,7 @@ from ray_prefopt.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
     LoopState,
+    begun_anew,
     better,
     latest_checkpoint,
     local_copy,
@@ -73,14 +74,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reports:
-    """Where rank 0's findings go; none of these waits for anybody but `report`."""
+    """What the loop tells the outside: by rank 0 alone, but for `report`, `step_begins` and `measured`.
+
+    `saved`, `returned` and `needed` wait until it is taken down, and `report` for all ranks; the others for nobody.
+    """
 
     started: Callable[[LoopState], None]
     log: Callable[[Record], None]
     saved: Callable[[Checkpoint], None]
     warn: Callable[[str], None]
     report: Callable[[Record], None]
-    """To Ray Train, by all ranks, after each checkpoint but the last: a barrier, where their number may change."""
+    """To Ray Train, by every rank, after each checkpoint but the last: a barrier, where their number may change."""
     returned: Callable[[Returned], None] = lambda _: None
     needed: Callable[[int], None] = lambda _: None
     """Memory, in bytes, of the rank that needed most."""
@@ -155,6 +159,14 @@ class _Training:
         self._callbacks.call("on_train_begin")
         if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
             self._evaluate()
+        if not self._state.stopped:  # as it is when workers are lost after a callback's stop
+            self._steps()
+        self._callbacks.call("on_train_end")
+        if self._callbacks.callbacks:
+            self._reports.returned(Returned.of(self._callbacks.callbacks))
+        return self._state
+
+    def _steps(self) -> None:
         reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
         packing = _packing(self._job, self._engine, self._scorer)
         inputs = step_inputs(self._plan, self._batching, reader, self._state.step, packing)
@@ -163,10 +175,6 @@ class _Training:
                 self._step(inputs_of_step, prefetched)
                 if self._state.stopped:
                     break
-        self._callbacks.call("on_train_end")
-        if self._callbacks.callbacks:
-            self._reports.returned(Returned.of(self._callbacks.callbacks))
-        return self._state
 
     def _step(self, inputs: StepInput, prefetched: Prefetched[StepInput]) -> None:
         """One optimizer step, and what is due after it."""
@@ -192,27 +200,32 @@ class _Training:
         if step % plan.steps_per_epoch == 0:
             callbacks.call("on_epoch_end")
         control = callbacks.agree()
-        is_stopped = control.should_training_stop and step < plan.total_steps
         record = {"step": step, "epoch": plan.epoch_at(step)}
-        if control.should_log or is_stopped:
+        if control.should_log or self._is_stopped(control):
             record |= self._metrics.reduce() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
             speed = self._meter.read(prefetched.wait_s)
             self._log(record | speed)
             self._reports.measured({"data_wait": speed["data_wait"]})
+            control = callbacks.agree()
         with self._meter.paused():
+            value = None
             if control.should_evaluate and self._evaluations:
-                self._evaluate()
-                is_stopped = callbacks.agree().should_training_stop and step < plan.total_steps
-            self._state = replace(self._state, stopped=is_stopped)
-            if control.should_save or is_stopped:
-                self._save()
+                value = self._evaluate()
+                control = callbacks.agree()
+            if control.should_save or self._is_stopped(control):
+                self._save(value, is_stopped=self._is_stopped(control))
+
+    def _is_stopped(self, control: TrainerControl) -> bool:
+        """Whether a callback ends training here."""
+        return control.should_training_stop and self._state.step < self._plan.total_steps
 
     def _log(self, record: Record) -> None:
         self._reports.log(record)
         self._callbacks.state.log_history.append(record)
         self._callbacks.call("on_log", logs=dict(record))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> float | None:
+        """Evaluate and log; returns the value of the metric that decides which checkpoint is best, if there is one."""
         found = _evaluate_all(self._engine, self._scorer, self._evaluations, self._objective, self._job)
         self._log({"step": self._state.step, "epoch": self._plan.epoch_at(self._state.step), **found.record})
         self._callbacks.call("on_evaluate", metrics=dict(found.record))
@@ -220,19 +233,22 @@ class _Training:
             sets = {name: held_out.blocks for name, held_out in self._evaluations.items()}
             tokenizer = load_tokenizer(self._job.config.model)
             self._reports.samples(sampled(self._engine, tokenizer, sets, self._job.config, self._state.step))
-        metric = self._best_metric
-        if metric is None:
-            return
+        if (metric := self._best_metric) is None:
+            return None
         if metric not in found.record:
             raise ConfigError(f"run.best_metric {metric!r} is not among {', '.join(found.record)}")
         value = found.record[metric]
-        self._state = better(self._state, -value if self._run.is_lower_better(metric) else value)
-        if self._state.best_step == self._state.step:
-            self._callbacks.state.best_metric = value
-            self._callbacks.state.best_global_step = self._state.step
+        if self._state.step:  # as in transformers: what is there before the first step is never the best
+            self._callbacks.measured(value, is_lower_better=self._run.is_lower_better(metric))
+        return value
 
-    def _save(self) -> None:
-        run, state = self._run, self._state
+    def _save(self, value: float | None, *, is_stopped: bool) -> None:
+        """Save a checkpoint; the best one so far, if `value`, which an evaluation of this step gave, is."""
+        run = self._run
+        state = replace(self._state, stopped=is_stopped)
+        if (metric := self._best_metric) is not None and value is not None:
+            mode, sign = ("min", -1) if run.is_lower_better(metric) else ("max", 1)
+            state = better(state, sign * value, f"{mode} {metric}")
         begun = time.perf_counter()
         extra = {"config.json": self._job.config.model_dump_json(indent=1)}
         if self._callbacks.callbacks:
@@ -251,6 +267,7 @@ class _Training:
             logger.warning("%s", error)
             self._reports.warn(str(error))
             return
+        self._state = state
         took = time.perf_counter() - begun
         logger.info("checkpoint of step %d written in %.1f s: %s", state.step, took, saved.path)
         self._reports.saved(saved)
@@ -390,7 +407,7 @@ def _starting_point(job: Job) -> Checkpoint | None:
         try:
             found = latest_checkpoint(job.checkpoints, on_bad=run.on_bad_checkpoint)
             if found is None and run.resume_from is not None:
-                found = open_checkpoint(run.resume_from)
+                found = begun_anew(open_checkpoint(run.resume_from))
             if found is not None:
                 found.check_resumable()
         except CheckpointError as error:

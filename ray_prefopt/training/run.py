@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,8 +12,7 @@ import ray
 from fsspec.core import url_to_fs
 from transformers import EvalPrediction, PretrainedConfig
 
-from ray_prefopt.config import Source, TrainConfig
-from ray_prefopt.data.balance import Costs, Layout
+from ray_prefopt.config import RunConfig, Source, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.plan import Plan
 from ray_prefopt.data.prepare import prepare
@@ -30,6 +28,7 @@ from ray_prefopt.training.checkpoint import (
     LoopState,
     checkpoint_at,
     find_checkpoint,
+    has_checkpoints,
     latest_checkpoint,
     open_checkpoint,
     write_text,
@@ -121,43 +120,50 @@ def _train_within_memory(job: Job, architecture: PretrainedConfig, blocks: Block
         try:
             run_training(job, log)
         except OutOfMemoryError as error:
-            config = _with_half_the_micro_batch(job.config, blocks)
-            size = config.run.micro_batch_tokens or config.run.micro_batch
-            ray.get(log.try_again.remote(f"{error}; going on with {size}"))
+            config = _with_half_the_micro_batch(job.config, architecture, blocks)
+            ray.get(log.try_again.remote(f"{error}; going on with {_sizes(config.run)}"))
             write_config(config, job.folder)
             job = replace(job, config=config)
             continue
         if expected is not None:
-            is_telling = expected.is_telling(use_gpu=job.config.run.use_gpu)
-            ray.get(log.compare_memory.remote(expected.estimate.device, is_telling))
+            is_comparable = expected.is_comparable(use_gpu=job.config.run.use_gpu)
+            ray.get(log.compare_memory.remote(expected.estimate.device, is_comparable))
         return job
 
 
 def _expected(config: TrainConfig, architecture: PretrainedConfig, blocks: Blocks) -> Footprint | None:
-    """What a worker should need. Never a reason to fail: not every model can be made on no device."""
-    with suppress(Exception):
-        outline = Outline.of(config, architecture)
-        return footprint(config, outline, pairs_of(config, blocks, outline), config.run.min_workers)
-    return None
+    """What a worker should need, if that can be told."""
+    outline = Outline.of(config, architecture)
+    return footprint(config, outline, pairs_of(config, blocks, outline), config.run.min_workers)
 
 
-def _with_half_the_micro_batch(config: TrainConfig, blocks: Blocks) -> TrainConfig:
-    """Raises OutOfMemoryError when the largest micro-batch is a single pair already."""
+def _with_half_the_micro_batch(
+    config: TrainConfig, architecture: PretrainedConfig, blocks: Blocks
+) -> TrainConfig:
+    """Raises OutOfMemoryError when the largest micro-batch is a single pair already, in training and evaluation."""
     run, tokens = config.run, config.run.micro_batch_tokens
     if tokens is None:
-        is_single, half = run.micro_batch == 1, {"micro_batch": run.micro_batch // 2}
+        is_single, half = run.micro_batch == 1, {"micro_batch": max(run.micro_batch // 2, 1)}
     else:
-        layout: Layout = "padded" if config.model.layout == "padded" else "packed"
-        is_single, half = tokens <= longest(blocks, Costs(layout)), {"micro_batch_tokens": tokens // 2}
-    if is_single:
+        costs = Outline.of(config, architecture).costs
+        is_single, half = tokens <= longest(blocks, costs), {"micro_batch_tokens": tokens // 2}
+    if is_single and run.eval_micro_batch in (None, 1):
         pair = "too" if tokens is None else "too, which the longest pair has by itself"
         raise OutOfMemoryError(
             f"out of memory with {run.micro_batch_text} {pair}: set model.gradient_checkpointing, engine.zero_stage 3 "
             "or a smaller data.max_length, or give the workers more memory"
         )
+    if is_single:
+        half = {}
     if run.eval_micro_batch is not None:
         half["eval_micro_batch"] = max(run.eval_micro_batch // 2, 1)
     return config.model_copy(update={"run": run.model_copy(update=half)})
+
+
+def _sizes(run: RunConfig) -> str:
+    """Of micro-batches."""
+    size = str(run.micro_batch_tokens or run.micro_batch)
+    return size if run.eval_micro_batch is None else f"{size}, and {run.eval_micro_batch} in evaluations"
 
 
 def _give_back(hooks: Hooks, log: Any) -> None:
@@ -251,7 +257,8 @@ def check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
 def _check_start(config: TrainConfig, folder: str) -> None:
     """Raises CheckpointError when run.resume_from is no whole checkpoint, ConfigError when it is about to be moved."""
     run = config.run
-    if run.resume_from is None:
+    goes_on = not run.force_new and has_checkpoints(f"{folder}/checkpoints")
+    if run.resume_from is None or goes_on:
         return
     if run.force_new and run.resume_from.startswith(f"{folder}/"):
         raise ConfigError(

@@ -108,6 +108,10 @@ def worked(job: Job, *, die_at: int | None = None) -> tuple[list[Record], list[A
     return records, [cloudpickle.loads(attributes) for attributes in kept]
 
 
+def saved_steps(job: Job) -> list[int]:
+    return sorted(int(folder.name[5:13]) for folder in Path(job.checkpoints).iterdir())
+
+
 def job_of(inputs: Inputs, config: TrainConfig, folder: Path, **hooks: Any) -> Job:
     return dataclasses.replace(inputs.job(config, folder), hooks=Hooks(**hooks))
 
@@ -172,6 +176,49 @@ def test_where_ranks_differ_the_first_one_decides(inputs: Inputs, tmp_path: Path
         assert records[-1]["step"] == STEPS
 
 
+class AskOnRankZero(TrainerCallback):
+    """The first rank alone wants more, when it has seen a line of the log or an evaluation."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_evaluate |= state.is_world_process_zero and state.global_step == 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_save |= state.is_world_process_zero
+
+
+def test_ranks_do_together_what_the_first_one_wants_later(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"eval_steps": 3, "save_steps": None, "log_steps": 1, "keep_checkpoints": 5})
+    job = job_of(inputs, config, tmp_path, callbacks=(AskOnRankZero(),))
+    for records, _ in (found[0] for found in run_gang(2, _worked, [job])):
+        assert [record["step"] for record in records if "eval_loss" in record] == [1, 3, STEPS]
+    assert saved_steps(job) == [1, 3, STEPS]
+
+
+class StopOnLog(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        control.should_training_stop |= state.global_step == 2
+
+
+def test_a_stop_after_a_line_of_the_log_is_at_once(inputs: Inputs, tmp_path: Path) -> None:
+    job = job_of(inputs, inputs.config(run={"save_steps": None}), tmp_path, callbacks=(StopOnLog(),))
+    worked(job)
+    assert saved_steps(job) == [2]
+
+
+def test_a_run_that_was_stopped_stays_so_when_its_workers_are_lost(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"save_steps": None})
+    job = job_of(inputs, config, tmp_path / "run", callbacks=(StopAt(2),))
+    worked(job, die_at=2)
+    records, (callback,) = worked(job)
+    assert (records, callback) == ([], {"step": 2})
+    assert saved_steps(job) == [2]
+    stopped = latest_checkpoint(job.checkpoints)
+    assert stopped is not None
+    config = config.model_copy(update={"run": config.run.model_copy(update={"resume_from": stopped.path})})
+    other = job_of(inputs, config, tmp_path / "other")
+    assert [record["step"] for record in worked(other)[0] if "loss" in record] == [3, STEPS]
+
+
 def test_callbacks_can_ask_for_more(inputs: Inputs, tmp_path: Path) -> None:
     config = inputs.config(run={"save_steps": None, "log_steps": None, "keep_checkpoints": 5})
     job = job_of(inputs, config, tmp_path, callbacks=(AskAt(),))
@@ -179,10 +226,7 @@ def test_callbacks_can_ask_for_more(inputs: Inputs, tmp_path: Path) -> None:
     assert [(record["step"], "eval_loss" in record) for record in records] == [
         (3, False), (3, True), (4, False), (4, True),
     ]  # fmt: skip
-    assert sorted(folder.name[:13] for folder in Path(job.checkpoints).iterdir()) == [
-        "step-00000003",
-        "step-00000004",
-    ]
+    assert saved_steps(job) == [3, 4]
 
 
 def test_early_stopping_goes_on_counting_after_a_restart(inputs: Inputs, tmp_path: Path) -> None:
@@ -269,6 +313,51 @@ def test_a_metric_of_the_users_own_can_be_the_best_one(inputs: Inputs, tmp_path:
     checkpoint = latest_checkpoint(f"{tmp_path}/checkpoints")
     assert checkpoint is not None
     assert checkpoint.state.best_value == pytest.approx(max(values))
+
+
+class Scripted:
+    """A metric whose values are known, one for each evaluation."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self, found: EvalPrediction) -> dict[str, float]:
+        return {"x": self.values.pop(0)}
+
+
+@pytest.mark.parametrize(
+    ("run", "values", "best", "kept"),
+    [
+        ({"eval_steps": 1, "save_steps": 2}, [0.8, 0.7, 0.9, 0.1], 2, [2, 4]),  # 0.8 and 0.9 are not saved
+        ({"eval_steps": 1, "save_steps": 1, "eval_on_start": True}, [0.9, 0.1, 0.8, 0.2, 0.3], 2, [2, 4]),
+        ({"eval_steps": 1, "save_steps": 1}, [0.9, np.nan, 0.3, 0.2], 1, [1, 4]),
+        ({"eval_steps": 1, "save_steps": 1}, [np.nan, 0.3, np.nan, 0.2], 2, [2, 4]),
+    ],
+)
+def test_the_best_checkpoint_is_one_that_there_is(
+    run: dict[str, Any], values: list[float], best: int, kept: list[int], inputs: Inputs, tmp_path: Path
+) -> None:
+    config = inputs.config(run={"best_metric": "eval_x", "keep_checkpoints": 1, **run})
+    job = job_of(inputs, config, tmp_path, compute_metrics=Scripted(*values))
+    worked(job)
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.state.best_step == best
+    assert saved_steps(job) == kept
+
+
+def test_another_best_metric_begins_anew(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs.config(run={"eval_steps": 1, "save_steps": 1, "best_metric": "eval_x"})
+    worked(job_of(inputs, config, tmp_path, compute_metrics=Scripted(9, 8, 7)), die_at=2)
+    changes = {"best_metric": "eval_loss"}
+    config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
+    job = job_of(inputs, config, tmp_path, compute_metrics=Scripted(6, 5))
+    records, _ = worked(job)
+    checkpoint = latest_checkpoint(job.checkpoints)
+    assert checkpoint is not None
+    losses = {record["eval_loss"]: record["step"] for record in records if "eval_loss" in record}
+    assert checkpoint.state.best_step == losses[min(losses)]
+    assert checkpoint.state.best_by == "min eval_loss"
 
 
 def nothing(found: EvalPrediction) -> Any:

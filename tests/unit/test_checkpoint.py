@@ -1,11 +1,13 @@
 """Checkpoints are whole or do not exist, whoever fails and whenever; and what was damaged afterwards is named."""
 
 import json
+import math
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,26 @@ def test_a_failure_on_one_rank_stops_all_and_commits_nothing(tmp_path: Path) -> 
     assert latest_checkpoint(str(tmp_path)) == previous
 
 
+def test_no_rank_writes_where_one_has_no_folder(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that writes waits for the other ranks."""
+    previous, make, wrote = save(bucket, 1), tempfile.TemporaryDirectory, []
+
+    def full_on_rank_1(**options: Any) -> Any:
+        if ranks.rank() == 1:
+            raise OSError(28, "No space left on device")
+        return make(**{**options, "dir": tmp_path})
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full_on_rank_1)
+    results = on_ranks(2, lambda: save(bucket, 2, write=wrote.append))
+    assert {
+        "rank 1: [Errno 28] No space left on device. The one before" in str(error) for error in results
+    } == {True}
+    assert wrote == list(tmp_path.iterdir()) == []
+    assert steps_in(bucket) == [previous.state.step]
+
+
 def test_a_failure_to_commit_stops_all_and_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,16 +220,16 @@ def test_a_process_killed_while_saving_leaves_the_previous_one(tmp_path: Path, s
     assert latest_checkpoint(str(tmp_path)) != save(tmp_path, 2) == latest_checkpoint(str(tmp_path))
 
 
-def test_a_second_writer_of_the_same_step_has_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_step_that_is_done_again_has_one_checkpoint(tmp_path: Path) -> None:
+    """In a folder of its own; the other one may be torn, and have been passed over."""
+
     def other(folder: Path) -> None:
         (folder / "weights-0.bin").write_bytes(b"others!")
 
-    one, two = save(tmp_path, 5), save(tmp_path, 5, write=other)
+    first, one, two = save(tmp_path, 4), save(tmp_path, 5), save(tmp_path, 5, write=other)
     assert one.path != two.path
-    assert open_checkpoint(one.path) == one
-    assert open_checkpoint(two.path) == two
-    found = latest_checkpoint(str(tmp_path))
-    assert found in (one, two)
+    assert sorted(os.listdir(tmp_path)) == sorted(Path(each.path).name for each in (first, two))
+    assert latest_checkpoint(str(tmp_path)) == open_checkpoint(two.path) == two
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,18 +259,29 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_a_better_one_takes_the_place_of_the_best(tmp_path: Path) -> None:
     state = LoopState(0)
-    for step, value in enumerate([0.5, 0.7, 0.6, 0.7, 0.9, 0.1], start=1):
-        state = better(LoopState(step, best_value=state.best_value, best_step=state.best_step), value)
+    for step, value in enumerate([0.5, 0.7, math.nan, 0.7, 0.9, math.nan, 0.1], start=1):
+        state = better(replace(state, step=step), value, "max eval_x")
         save_checkpoint(write_part, state, str(tmp_path), extra={}, retained=1)
     assert (state.best_value, state.best_step) == (0.9, 5)
-    assert steps_in(tmp_path) == [5, 6]
+    assert steps_in(tmp_path) == [5, 7]
 
 
-def test_an_equal_value_is_not_better() -> None:
-    state = LoopState(8, "h", best_value=0.7, best_step=2)
-    assert better(state, 0.7) is state
-    assert better(state, 0.71) == LoopState(8, "h", best_value=0.71, best_step=8)
-    assert better(LoopState(4), -1.0) == LoopState(4, best_value=-1.0, best_step=4)
+def test_what_is_not_better() -> None:
+    state = LoopState(8, "h", best_value=0.7, best_step=2, best_by="max eval_x")
+    assert better(state, 0.7, "max eval_x") is state
+    assert better(state, math.nan, "max eval_x") is state
+    assert better(state, 0.71, "max eval_x") == replace(state, best_value=0.71, best_step=8)
+    assert better(LoopState(4), -1.0, "min eval_loss") == LoopState(
+        4, best_value=-1.0, best_step=4, best_by="min eval_loss"
+    )
+    assert better(LoopState(4), math.nan, "min eval_loss") == LoopState(4)
+
+
+def test_the_best_one_by_something_else_is_none() -> None:
+    state = LoopState(8, best_value=0.7, best_step=2, best_by="max eval_x")
+    assert better(state, -4.5, "min eval_loss") == LoopState(
+        8, best_value=-4.5, best_step=8, best_by="min eval_loss"
+    )
 
 
 def test_deleting_begins_with_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,16 @@ def test_any_storage_will_do(base: str, tmp_path: Path) -> None:
     assert_same_weights(loaded(tmp_path / "copy"), model)
 
 
+def test_an_older_export_is_replaced_in_any_storage(base: str, tmp_path: Path) -> None:
+    for name in ("older", "newer"):
+        model = trained(f"memory://bucket/again/{name}", config_of(base))
+        export(f"memory://bucket/again/{name}", "memory://bucket/again/out")
+    fs = fsspec.filesystem("memory")
+    assert not fs.exists("/bucket/again/out/model")
+    fs.get("/bucket/again/out", str(tmp_path / "copy"), recursive=True)
+    assert_same_weights(loaded(tmp_path / "copy"), model)
+
+
 # --- adapters ---
 
 

@@ -87,6 +87,16 @@ def test_workers_that_begin_again_in_the_same_attempt_do_as_well(tmp_path: Path)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+def test_what_came_before_the_first_step_is_logged_again_too(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 0)
+    for _ in range(2):
+        log.started(LoopState(), 2)
+        log.log({"step": 0, "eval_loss": 0.5})
+    assert lines(tmp_path) == [{"step": 0, "eval_loss": 0.5}]
+    log.started(LoopState(1), 2)
+    assert lines(tmp_path) == [{"step": 0, "eval_loss": 0.5}]
+
+
 def test_a_process_killed_while_writing_leaves_whole_lines(tmp_path: Path) -> None:
     run(tmp_path, 0, 3)
     path = tmp_path / "metrics.jsonl"

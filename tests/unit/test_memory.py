@@ -293,8 +293,8 @@ def test_of_quantized_weights_nothing_is_said() -> None:
 
 def test_of_a_small_model_without_a_gpu_nothing_can_be_seen(tmp_path: Path) -> None:
     small, large = (Footprint(of(tokens=tokens), tokens) for tokens in (10, 10**6))
-    assert [found.is_telling(use_gpu=False) for found in (small, large)] == [False, True]
-    assert small.is_telling(use_gpu=True)
+    assert [found.is_comparable(use_gpu=False) for found in (small, large)] == [False, True]
+    assert small.is_comparable(use_gpu=True)
 
 
 def test_the_peak_is_above_what_there_was() -> None:

@@ -12,6 +12,7 @@ from ray_prefopt.config import RunConfig, TrainConfig
 from ray_prefopt.data.blocks import open_blocks
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
+from ray_prefopt.model.load import load_architecture
 from ray_prefopt.training import run as run_module
 from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
 from ray_prefopt.training.folder import claim, refuse_other_config, with_found_micro_batch
@@ -61,7 +62,10 @@ def halved(config: TrainConfig, folder: Path) -> TrainConfig:
     """What a run goes on with, whose longest pair has 40 tokens packed and 56 padded."""
     pairs = [TokenizedPair([1] * 5, [2] * 5, 2, 2), TokenizedPair([1] * 20, [2] * 28, 6, 6)]
     blocks = open_blocks(write_blocks(folder / "halved", pairs))
-    return run_module._with_half_the_micro_batch(config, blocks)
+    if not (folder / "model").exists():
+        save_tiny_model(folder / "model")
+    architecture = load_architecture(config.model)
+    return run_module._with_half_the_micro_batch(config, architecture, blocks)
 
 
 def test_a_failed_allocation_is_told_when_it_can_be_helped(tmp_path: Path) -> None:
@@ -150,6 +154,17 @@ def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
     assert resumed(tokens) == tokens.run  # the run had pairs
     claim(halved(tokens, tmp_path), folder)
     assert resumed(tokens).micro_batch_tokens == 2048
+
+
+def test_micro_batches_of_evaluations_are_halved_by_themselves(tmp_path: Path) -> None:
+    config = config_of(tmp_path, micro_batch=1, eval_micro_batch=4, auto_find_batch_size=True)
+    sizes = []
+    for _ in range(2):
+        config = halved(config, tmp_path)
+        sizes.append((config.run.micro_batch, config.run.eval_micro_batch))
+    assert sizes == [(1, 2), (1, 1)]
+    with pytest.raises(OutOfMemoryError, match=r"with run.micro_batch 1 too: set"):
+        halved(config, tmp_path)
 
 
 def test_what_was_chosen_is_not_what_was_found(tmp_path: Path) -> None:
