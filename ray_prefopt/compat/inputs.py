@@ -48,6 +48,33 @@ def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage:
     return values
 
 
+def check_trained(model: Any, *, has_new_adapter: bool) -> None:
+    """Raises ConfigError when a model in memory has other weights to train than workers would train: all of them, or
+    those of its adapter. With a new adapter all of its own are frozen, whatever they are now."""
+    if (
+        not isinstance(model, PreTrainedModel | PeftModel)
+        or has_new_adapter
+        or getattr(model, "is_quantized", False)
+    ):
+        return
+    if isinstance(model, PeftModel):
+        own = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        prefixes = (str(model.base_model.prefix), "modules_to_save.", "trainable_tokens_")
+        others = sorted(name for name in own if not any(prefix in name for prefix in prefixes))
+        if others and getattr(model.active_peft_config, "bias", "none") == "none":
+            raise ConfigError(
+                f"model: got a PeftModel whose base is trained too: {', '.join(others[:3])} ({len(others)} in all); "
+                "name these modules in modules_to_save of its LoraConfig"
+            )
+        return
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f"model: got frozen weights: {', '.join(frozen[:3])} ({len(frozen)} in all). All weights are trained, or "
+            "with a peft_config those that it names, such as whole modules by modules_to_save: give one, or unfreeze"
+        )
+
+
 def _saved_adapter(model: PeftModel, folder: Path) -> str:
     """The folder of the adapter that is active."""
     if len(model.active_adapters) != 1:

@@ -129,7 +129,9 @@ HONOURED = {
 """Field: the fields of ours that it becomes."""
 
 _SCRIPTS = "scripts read it, no trainer does"
-_TRACKIO = "only Trackio has a use for it, which `report_to` refuses"
+_TRACKIO = (
+    "only Trackio has a use for it; with `report_to='trackio'` it is refused: only the run's name is told"
+)
 _LOADER = "prepared pairs are read ahead of the step; there are no loader processes"
 _DDP = "gradients are reduced by DeepSpeed, not by torch's DistributedDataParallel"
 

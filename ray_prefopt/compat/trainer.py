@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import signature
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
 import torch
 from fsspec.core import url_to_fs
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,27 +29,28 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    set_seed,
 )
 from transformers.data.data_collator import DataCollator
 from transformers.trainer_pt_utils import log_metrics, save_metrics, save_state
-from transformers.trainer_utils import BestRun, PredictionOutput, TrainOutput
+from transformers.trainer_utils import BestRun, PredictionOutput, TrainOutput, speed_metrics
 
 from ray_prefopt.compat.batches import LABEL_PAD, Batch, inputs_of, pairs_of, repacked, row_of, stacked
 from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.hub import Pushes, Repository, repository_name
-from ray_prefopt.compat.inputs import Pairs, model_values, pairs_source
+from ray_prefopt.compat.inputs import Pairs, check_trained, model_values, pairs_source
 from ray_prefopt.compat.search import HpSpace, named_back, search_config
 from ray_prefopt.compat.translate import to_train_config
 from ray_prefopt.config import CPOLoss, RunConfig, TrainConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
-from ray_prefopt.data.prepare import length_limits
+from ray_prefopt.data.prepare import find_blocks, length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
 from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses, pair_rewards
-from ray_prefopt.model.adapters import base_of, with_adapter
+from ray_prefopt.model.adapters import base_of, name_base, with_adapter
 from ray_prefopt.model.forward import keeps_logits, pair_logps
 from ray_prefopt.model.load import (
     compute_dtype,
@@ -90,7 +92,7 @@ class CPOTrainer:
         train_dataset: Pairs | None = None,
         eval_dataset: Pairs | Mapping[str, Pairs] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        model_init: Callable[[], PreTrainedModel] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -106,12 +108,12 @@ class CPOTrainer:
         self.args: CPOConfig | SimPOConfig = (
             args if args is not None else self._default_args("trainer_output")
         )
-        self.model: Any = model if model_init is None else model_init()
+        self.model: Any = model if model_init is None else _made(model_init, seed=self.args.seed)
         self.processing_class = processing_class if processing_class is not None else tokenizer
         self.callbacks = [each() if isinstance(each, type) else each for each in callbacks or ()]
         self.state = TrainerState()
         self._inputs = Path(str(self.args.output_dir)).absolute() / "inputs"
-        self._train, self._eval = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         own_optimizer = _own_optimizer(optimizers, self.model, peft_config)
         cluster = run_values(scaling_config, run_config)
         self._translated = partial(
@@ -123,6 +125,7 @@ class CPOTrainer:
             peft_config=peft_config,
             cluster=cluster,
         )
+        check_trained(self.model, has_new_adapter=peft_config is not None)
         unread: dict[str, Any] = {"train": [], **({"eval": None} if eval_dataset is None else {})}
         self._architecture = load_architecture(self._translated(data=unread).model)
         self.is_encoder_decoder = bool(self._architecture.is_encoder_decoder)
@@ -147,7 +150,7 @@ class CPOTrainer:
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,  # noqa: ARG002  # TRL's signature
     ) -> TrainOutput:
@@ -159,13 +162,14 @@ class CPOTrainer:
         """
         if trial is not None:
             raise ConfigError("train: trial has no meaning here; leave it out")
-        if self._train is None:
+        if self.train_dataset is None:
             raise ConfigError("train: got no train_dataset; give one to the constructor")
-        run = self._beginning(resume_from_checkpoint or self.args.resume_from_checkpoint)
-        pairs = pairs_source(self._train, self._inputs / "train")
-        config = self._translated(data={"train": pairs, "eval": self._eval_sources(self._eval)})
+        resume = resume_from_checkpoint
+        run = self._beginning(self.args.resume_from_checkpoint if resume is None else resume)
+        pairs = pairs_source(self.train_dataset, self._inputs / "train")
+        config = self._translated(data={"train": pairs, "eval": self._eval_sources(self.eval_dataset)})
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
-        begun = time.perf_counter()
+        begun = time.time()
         with Pushes(self.args, self._card_details()) if self.args.push_to_hub else nullcontext() as observer:
             self._result = result = train(_changed(config, run=run), hooks=hooks, observer=observer)
         records = _records(result.folder)
@@ -179,7 +183,8 @@ class CPOTrainer:
             **_best(records, self._config.run),
         )
         self._take_weights()
-        summary = _summary(records, time.perf_counter() - begun)
+        blocks = find_blocks(config.data, config.model, config.data.train_sources, config.run.storage_path)
+        summary = _summary(records, begun, blocks.num_pairs if blocks else 0)
         self._logged(summary)
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -195,9 +200,9 @@ class CPOTrainer:
 
         `ignore_keys` has no effect: no output of the model is gathered but the rewards.
         """
-        if (pairs := eval_dataset if eval_dataset is not None else self._eval) is None:
+        if (pairs := eval_dataset if eval_dataset is not None else self.eval_dataset) is None:
             raise ConfigError("evaluate: got no eval_dataset, here or in the constructor; give one")
-        metrics = _prefixed(self._measured(pairs, self._hooks).metrics, metric_key_prefix)
+        _, metrics = self._measured(pairs, self._hooks, metric_key_prefix)
         self._logged(metrics)
         self._notify("on_evaluate", metrics=metrics)
         return metrics
@@ -211,16 +216,25 @@ class CPOTrainer:
         """Rewards of every pair, (N, 2), the labels that `compute_metrics` gets, and the metrics of `evaluate`."""
         if isinstance(test_dataset, Mapping):
             raise ConfigError("predict: got several sets; call it for one after the other")
-        found = self._measured(test_dataset, replace(self._hooks, keep_predictions=True))
-        metrics = _prefixed(found.metrics, metric_key_prefix)
+        hooks = replace(self._hooks, keep_predictions=True)
+        found, metrics = self._measured(test_dataset, hooks, metric_key_prefix)
         self._notify("on_predict", metrics=metrics)
         kept = found.predictions["eval"]
         return PredictionOutput(kept.predictions, kept.label_ids, metrics)
 
-    def _measured(self, pairs: Pairs | Mapping[str, Pairs], hooks: Hooks) -> EvalResult:
+    def _measured(
+        self, pairs: Pairs | Mapping[str, Pairs], hooks: Hooks, prefix: str
+    ) -> tuple[EvalResult, dict[str, float]]:
+        """What was found, and its metrics as transformers names them, with how fast it was."""
         model = {"path": self._checkpoint} if self._result is not None else {}
         changed = _changed(self._config, data={"eval": self._eval_sources(pairs)}, model=model)
-        return evaluate(changed, hooks=hooks)
+        begun, run = time.time(), changed.run
+        found = evaluate(changed, hooks=hooks)
+        metrics = {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in found.metrics.items()}
+        number = sum(found.pairs.values())
+        steps = math.ceil(number / ((run.eval_micro_batch or run.micro_batch) * run.max_workers))
+        metrics |= speed_metrics(prefix, begun, number, steps)
+        return found, metrics if self.state.epoch is None else {**metrics, "epoch": self.state.epoch}
 
     def hyperparameter_search(
         self,
@@ -237,7 +251,7 @@ class CPOTrainer:
         `hp_space` returns distributions of ray.tune by argument; `settings` are fields of `SearchConfig`, such as
         scheduler or seeds. The result's run_summary is a `TuneResult`: folder, report, and the best model.
         """
-        if self._train is None:
+        if self.train_dataset is None:
             raise ConfigError("hyperparameter_search: got no train_dataset; give one to the constructor")
         search = search_config(
             hp_space,
@@ -248,9 +262,9 @@ class CPOTrainer:
             backend=backend,
             **settings,
         )
-        pairs = pairs_source(self._train, self._inputs / "train")
+        pairs = pairs_source(self.train_dataset, self._inputs / "train")
         config = self._translated(data={"train": pairs})
-        data = {"eval": self._eval_sources(self._eval)}  # whatever args.eval_strategy says
+        data = {"eval": self._eval_sources(self.eval_dataset)}  # whatever args.eval_strategy says
         run = {"name": hp_name(None) if hp_name else f"{config.run.name}-search", "force_new": True}
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
         result = tune(_changed(config, data=data, run=run), search, hooks=hooks)
@@ -348,7 +362,10 @@ class CPOTrainer:
     ) -> None:
         checkpoint = open_checkpoint(self._checkpoint, verify="sizes") if self._result else None
         card = model_card(
-            _changed(self._config, data={"train": self._train if isinstance(self._train, str) else []}),
+            _changed(
+                self._config,
+                data={"train": self.train_dataset if isinstance(self.train_dataset, str) else []},
+            ),
             steps=checkpoint.state.step if checkpoint else 0,
             metrics=metrics_at(checkpoint) if checkpoint else {},
             is_adapter=self._config.model.has_adapter,
@@ -362,18 +379,18 @@ class CPOTrainer:
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> CardDetails:
-        base = base_of(self.model)
         return CardDetails(
             model_name or repository_name(self.args).rpartition("/")[2],
-            getattr(base, "name_or_path", None),
+            self._base_name,
             (dataset_name,) if dataset_name else (),
             (tags,) if isinstance(tags, str) else tuple(tags or ()),
         )
 
-    def _beginning(self, resume: str | bool | None) -> dict[str, Any]:
+    def _beginning(self, resume: str | PathLike[str] | bool | None) -> dict[str, Any]:
         """Fields of `run` that say where training begins; raises ConfigError for an older checkpoint of this run."""
-        if not isinstance(resume, str):
-            return {"force_new": resume is not True}
+        if resume is None or isinstance(resume, bool):
+            return {"force_new": not resume}
+        resume = fspath(resume)
         run = run_folder(resolved(self._config))
         if not absolute(resume).startswith(f"{run}/"):
             return {"force_new": True, "resume_from": resume}
@@ -384,6 +401,11 @@ class CPOTrainer:
                 "a new run from it, or give True to go on from the newest"
             )
         return {"force_new": False}
+
+    @property
+    def _base_name(self) -> str | None:
+        """Of the model that was given, or that is under its adapter; None where it was made in memory."""
+        return getattr(base_of(self.model), "name_or_path", None) or None
 
     def _eval_sources(self, pairs: Pairs | Mapping[str, Pairs] | None) -> Any:
         """What `data.eval` takes."""
@@ -403,9 +425,10 @@ class CPOTrainer:
         """Hugging Face folder of that checkpoint."""
         assert self._result is not None
         folder = self._result.model
-        if folder is not None and "://" not in folder and self._checkpoint == self._result.checkpoint:
-            return folder
-        return export(self._checkpoint, str(self._inputs / "trained"))
+        if folder is None or "://" in folder or self._checkpoint != self._result.checkpoint:
+            folder = export(self._checkpoint, str(self._inputs / "trained"))
+        name_base(Path(folder), self._base_name)
+        return folder
 
     def _take_weights(self) -> None:
         """Put the trained weights into `model`, or load it where a path was given."""
@@ -421,8 +444,9 @@ class CPOTrainer:
         elif config.has_adapter:
             self.model = with_adapter(self.model, folder)
         else:
-            for file in Path(folder).glob("*.safetensors"):
-                self.model.load_state_dict(load_file(file), strict=False)
+            # By transformers, which has other names for some weights in files than in memory.
+            trained = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(trained.state_dict())
 
     # --- Arithmetic, on tensors of the caller's ---
 
@@ -494,8 +518,11 @@ class CPOTrainer:
         assert self.processing_class is not None
         return self.processing_class.pad_token_id or 0  # what is padded is masked
 
-    def tokenize_row(self, feature: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Ids, attention masks and labels of a row, as training sees them. Raises DataError when it is no pair."""
+    def tokenize_row(self, feature: Mapping[str, Any], model: Any = None) -> dict[str, list[int]]:  # noqa: ARG002
+        """Ids, attention masks and labels of a row, as training sees them. Raises DataError when it is no pair.
+
+        `model`, of which TRL asks how a decoder starts, is not needed.
+        """
         data = self._config.data
         tokenizer = self.processing_class
         assert tokenizer is not None
@@ -579,28 +606,29 @@ def _own_optimizer(optimizers: tuple[Any, Any], model: Any, peft_config: Any) ->
     return PackedOptimizer.of(optimizer, schedule, model)
 
 
-def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
-
-
 def _records(folder: str) -> list[dict[str, float]]:
     """What a run has logged."""
     fs, path = url_to_fs(folder)
     return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
 
 
-def _summary(records: Sequence[Mapping[str, float]], seconds: float) -> dict[str, float]:
-    """What transformers logs when training has ended; the loss is the mean of all steps."""
+def _summary(records: Sequence[Mapping[str, float]], begun: float, pairs: int) -> dict[str, float]:
+    """What transformers logs when training has ended; the loss is the mean of all steps.
+
+    `pairs` are those of an epoch.
+    """
     lines = [record for record in records if "loss" in record]
-    steps = [line["step"] for line in lines]
+    steps, epoch = [line["step"] for line in lines], lines[-1]["epoch"]
     weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
     loss = sum(weight * line["loss"] for weight, line in zip(weights, lines, strict=True)) / steps[-1]
-    return {
-        "train_runtime": seconds,
-        "train_steps_per_second": steps[-1] / seconds,
-        "train_loss": loss,
-        "epoch": lines[-1]["epoch"],
-    }
+    speed = speed_metrics("train", begun, round(epoch * pairs), steps[-1])
+    return {**speed, "train_loss": loss, "epoch": epoch}
+
+
+def _made(model_init: Callable[..., PreTrainedModel], *, seed: int) -> PreTrainedModel:
+    """The same each time; without a trial, which transformers gives to a function that takes one."""
+    set_seed(seed)
+    return model_init(None) if signature(model_init).parameters else model_init()
 
 
 def _best(records: Sequence[Mapping[str, float]], run: RunConfig) -> dict[str, Any]:

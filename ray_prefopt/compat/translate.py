@@ -423,6 +423,9 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         raise _refusal(args, "save_strategy", "it needs an eval_strategy and metric_for_best_model")
     epochs = args.num_train_epochs
     named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for option in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        if "trackio" in named and getattr(args, option) != getattr(type(args), option):
+            raise _refusal(args, option, "Trackio is told of the run's name alone; leave it out")
     return {
         "name": args.run_name or "run",
         "storage_path": args.output_dir,

@@ -1,5 +1,6 @@
 """Low-rank adapters on a frozen model: new ones, saved ones, and both parts on their way out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def with_adapter(model: Any, folder: str) -> nn.Module:
 def base_of(model: Any) -> Any:
     """The model under the adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def name_base(folder: Path, name: str | None) -> None:
+    """Let the adapter in a folder, if there is one, say of which model it is, and not from where workers had it."""
+    path = folder / ADAPTER_FILE
+    if name and path.exists():
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name}, indent=2)
+        )
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ray_prefopt.data.collate import PackedBatch, PairBatch
 from ray_prefopt.losses.head import Found, Head, PairLoss, Scored, one_pass, score
 from ray_prefopt.losses.logps import PairLogps, token_logps
+from ray_prefopt.model.adapters import base_of
 from ray_prefopt.model.last_layer import Read
 
 ForwardFn = Callable[..., Any]
@@ -26,11 +26,6 @@ Batch = PairBatch | PackedBatch
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model can restrict its head to some positions (nearly all causal models of transformers can)."""
     return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
-
-
-def base_of(model: nn.Module) -> Any:
-    """The model under its adapter, if it has one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @dataclass(frozen=True)

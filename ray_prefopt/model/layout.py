@@ -14,8 +14,9 @@ from ray_prefopt.data.collate import collate, pack
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ModelError
 from ray_prefopt.losses.head import Head
+from ray_prefopt.model.adapters import base_of
 from ray_prefopt.model.attention import NAME
-from ray_prefopt.model.forward import ForwardFn, Scorer, base_of, keeps_logits
+from ray_prefopt.model.forward import ForwardFn, Scorer, keeps_logits
 from ray_prefopt.model.last_layer import spare_unread
 from ray_prefopt.model.onednn import linear
 

@@ -1,11 +1,15 @@
 """transformers' TrainerCallbacks in the worker loop, with the events and the state that its Trainer gives them."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
 from ray import cloudpickle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -97,6 +101,24 @@ def _restore(callbacks: Sequence[TrainerCallback], states: Mapping[str, Any]) ->
         for callback, state in zip(same, kept if isinstance(kept, list) else [kept], strict=False):
             for name, value in state["attributes"].items():
                 setattr(callback, name, value)
+
+
+def on_this_rank(arguments: TrainingArguments, device: torch.device) -> TrainingArguments:
+    """Arguments that tell the truth of this rank: what they cached of the process they were made in is not that."""
+    kinds = {"cuda": DistributedType.MULTI_GPU, "cpu": DistributedType.MULTI_CPU}
+    own = copy.copy(arguments)
+    own.distributed_state = SimpleNamespace(  # in the place of accelerate's PartialState
+        distributed_type=kinds.get(device.type, DistributedType.NO),
+        num_processes=ranks.world_size(),
+        process_index=ranks.rank(),
+        local_process_index=ranks.local_rank(),
+        is_main_process=ranks.rank() == 0,
+        is_local_main_process=ranks.local_rank() == 0,
+        wait_for_everyone=lambda: ranks.all_gather(None),
+    )
+    vars(own)["_setup_devices"] = device  # where functools keeps it
+    own._n_gpu = int(device.type == "cuda")
+    return own
 
 
 def arguments_of(config: TrainConfig, folder: str, metric: str | None) -> TrainingArguments:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ray_prefopt.config import ModelConfig, TrainConfig
 from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
-from ray_prefopt.model.adapters import merged
+from ray_prefopt.model.adapters import merged, name_base
 from ray_prefopt.model.load import compute_dtype, load_architecture, load_model, save_model
 from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training.card import NO_DETAILS, CardDetails, model_card
@@ -48,6 +48,7 @@ def export(source: str, out: str, *, merge: bool = False, details: CardDetails =
     with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as temporary:
         staged = Path(temporary, "model")
         save_model(model, staged)
+        name_base(staged, details.base_model)
         load_tokenizer(config.model, config.data.chat_template).save_pretrained(staged)
         card = model_card(
             config,

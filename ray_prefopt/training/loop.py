@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -48,7 +47,7 @@ from ray_prefopt.training.batches import (
     layout_of,
     step_inputs,
 )
-from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of
+from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of, on_this_rank
 from ray_prefopt.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -292,7 +291,7 @@ def _callbacks(
     hooks, run = job.hooks, job.config.run
     if not hooks.callbacks:
         return Callbacks((), None, TrainerState(), engine, None)
-    arguments = hooks.arguments or arguments_of(job.config, job.folder, metric)
+    arguments = on_this_rank(hooks.arguments or arguments_of(job.config, job.folder, metric), engine.device)
     state = TrainerState()
     if checkpoint is not None:
         fs, folder = url_to_fs(checkpoint.path)
@@ -301,7 +300,7 @@ def _callbacks(
     state.max_steps = plan.total_steps
     state.num_train_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
     state.is_world_process_zero = ranks.rank() == 0
-    state.is_local_process_zero = int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0
+    state.is_local_process_zero = ranks.local_rank() == 0
     state.train_batch_size = run.micro_batch
     state.compute_steps(arguments, plan.total_steps)
     return Callbacks(hooks.callbacks, arguments, state, engine, load_tokenizer(job.config.model))
@@ -429,7 +428,7 @@ def _engine_at(job: Job, total_steps: int, device: torch.device, checkpoint: Che
     is_sharded = config.engine.kind == "zero" and config.engine.zero_stage > 0
     is_universal = is_sharded and checkpoint.world_size != ranks.world_size()
     engine = build(is_universal=is_universal)
-    is_first = int(os.environ.get("LOCAL_RANK", ranks.rank())) == 0
+    is_first = ranks.local_rank() == 0
     with local_copy(checkpoint, is_first=is_first) as folder:
         if is_universal:
             with made_once(partial(to_universal, folder), is_first=is_first) as converted:

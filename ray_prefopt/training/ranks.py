@@ -1,5 +1,6 @@
 """What the ranks of a run tell each other outside of training; with one process and no group, each answers itself."""
 
+import os
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +14,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Among those of this node."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def broadcast(value: T) -> T:

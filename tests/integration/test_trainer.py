@@ -1,6 +1,7 @@
 """The trainers on Ray: scripts as TRL's documents have them, but for the import and a local model."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ray_prefopt import CPOConfig, CPOTrainer, PrefoptError, SimPOConfig, SimPOTrainer
 from ray_prefopt.compat.inputs import pairs_source
 from ray_prefopt.errors import ConfigError, DataError
+from ray_prefopt.training.folder import TrainResult
 from tests.tiny import chat_row, save_tiny_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.ray
@@ -75,7 +77,10 @@ def test_the_quick_start_of_the_cpo_document(model_folder: str, tmp_path: Path, 
         assert torch.equal(model.state_dict()[name], weight)
         assert not torch.equal(before[name], weight)
 
+    assert output.metrics["train_samples_per_second"] > output.metrics["train_steps_per_second"] > 0
     metrics = trainer.evaluate()
+    assert metrics["eval_samples_per_second"] >= metrics["eval_steps_per_second"] > 0
+    assert (metrics["eval_runtime"] > 0, metrics["epoch"]) == (True, trainer.state.epoch)
     last = next(record for record in reversed(logged[:-1]) if "eval_loss" in record)
     assert metrics["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
     assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
@@ -86,7 +91,7 @@ def test_the_quick_start_of_the_cpo_document(model_folder: str, tmp_path: Path, 
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == tokenizer.chat_template
 
     (newest,) = (tmp_path / "CPO" / "run" / "checkpoints").iterdir()
-    for checkpoint in (True, str(newest)):  # it is finished
+    for checkpoint in (True, str(newest), newest):  # it is finished
         assert trainer.train(resume_from_checkpoint=checkpoint).global_step == 4
     with pytest.raises(
         ConfigError, match=r"older is not the newest checkpoint of its run; copy it elsewhere to"
@@ -104,8 +109,10 @@ SIMPO_ROWS = {
 
 def test_the_example_of_the_simpo_document_with_adapters(tmp_path: Path, ray_local: None) -> None:
     simpo_config = SimPOConfig(output_dir=str(tmp_path), beta=2.5, gamma_beta_ratio=0.25, **SMALL)
+    model = tiny_model().train()
+    model.name_or_path = "some/base"
     trainer = SimPOTrainer(
-        tiny_model().train(),
+        model,
         args=simpo_config,
         train_dataset=Dataset.from_dict(SIMPO_ROWS),
         tokenizer=tiny_tokenizer("plain"),
@@ -114,7 +121,11 @@ def test_the_example_of_the_simpo_document_with_adapters(tmp_path: Path, ray_loc
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[-1] < losses[0]
-    assert (tmp_path / "run" / "model" / "adapter_config.json").exists()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "run" / "model", tmp_path / "saved"):
+        assert (
+            json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+        )
     assert any("lora_B" in name for name, _ in trainer.model.named_parameters())
     losses_of, chosen, rejected = trainer.simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]))
     assert losses_of.item() == pytest.approx(-torch.nn.functional.logsigmoid(torch.tensor(2.5 * 0.75)).item())
@@ -245,6 +256,61 @@ def test_every_kind_of_dataset_becomes_a_path(tmp_path: Path, ray_local: None) -
         folder = pairs_source(kind, tmp_path / "other")
         found = pq.read_table(folder).to_pylist()
         assert sorted(found, key=str) == sorted(rows.to_list(), key=str)
+
+
+def test_experts_are_taken_over_by_the_names_that_they_have_in_files(tmp_path: Path) -> None:
+    """transformers fuses them in memory."""
+    trained = tiny_model("mixtral", seed=1)
+    trained.save_pretrained(tmp_path / "trained")
+    trainer = small(tmp_path, model=tiny_model("mixtral"))
+    trainer._result = TrainResult("run", "", 1, {}, "step", "step", str(tmp_path / "trained"))
+    trainer._take_weights()
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], weight)
+
+
+def test_a_model_is_made_the_same_each_time(tmp_path: Path) -> None:
+    def made(trial: Any) -> Any:
+        assert trial is None
+        return AutoModelForCausalLM.from_config(tiny_model().config)
+
+    one, two = (small(tmp_path, model=None, model_init=made).model.state_dict() for _ in range(2))
+    assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+
+
+def test_datasets_are_where_callbacks_of_trl_look_for_them(tmp_path: Path) -> None:
+    trainer = small(tmp_path, train_dataset=chats(2), eval_dataset="held_out.jsonl")
+    assert len(trainer.train_dataset) == 2
+    assert trainer.eval_dataset == "held_out.jsonl"
+
+
+def test_a_run_begins_anew_unless_it_is_told_to_go_on(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    assert trainer._beginning(None) == trainer._beginning(False) == {"force_new": True}
+    assert trainer._beginning(True) == {"force_new": False}
+    other = tmp_path / "other"
+    assert trainer._beginning(other) == {"force_new": True, "resume_from": str(other)}
+
+
+def frozen(model: Any, name: str) -> Any:
+    model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def test_weights_that_workers_would_train_otherwise_are_refused(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    with pytest.raises(
+        ConfigError, match=rf"^model: got frozen weights: {name} \(1 in all\). All weights are"
+    ):
+        small(tmp_path, model=frozen(tiny_model(), name))
+    small(tmp_path, model=frozen(tiny_model(), name), peft_config={"r": 2})
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, modules_to_save=["norm"]))
+    small(tmp_path, model=adapted)
+    adapted.get_parameter("base_model.model.model.embed_tokens.weight").requires_grad_(True)
+    with pytest.raises(
+        ConfigError, match=r"^model: got a PeftModel whose base is trained too: base_model.mod"
+    ):
+        small(tmp_path, model=adapted)
 
 
 def test_an_untrained_model_is_saved_as_it_is(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from ray_prefopt.config import TrainConfig
@@ -161,6 +162,30 @@ def test_training_stops_where_a_callback_says(engine: str, inputs: Inputs, tmp_p
     checkpoint = latest_checkpoint(job.checkpoints)
     assert checkpoint is not None
     assert (checkpoint.state.step, checkpoint.state.stopped) == (3, True)
+
+
+class Ranks(TrainerCallback):
+    """Notes what the arguments say of this process."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        self.found = (
+            args.process_index,
+            args.world_size,
+            args.should_save,
+            args.should_log,
+            str(args.device),
+        )
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_arguments_are_those_of_each_rank(is_given: bool, inputs: Inputs, tmp_path: Path) -> None:
+    """Also such as were made, and asked, where there was one process."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True) if is_given else None
+    assert arguments is None or (arguments.process_index, arguments.world_size) == (0, 1)
+    config = inputs.config(run={"max_steps": 1})
+    job = job_of(inputs, config, tmp_path, callbacks=(Ranks(),), arguments=arguments)
+    found = [callback["found"] for ((_, (callback,)),) in run_gang(2, _worked, [job])]
+    assert found == [(0, 2, True, True, "cpu"), (1, 2, False, False, "cpu")]
 
 
 class StopOnRank(TrainerCallback):

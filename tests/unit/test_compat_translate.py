@@ -444,6 +444,14 @@ def test_saving_the_best_needs_a_metric() -> None:
     )
 
 
+def test_trackio_is_told_of_nothing_but_the_name() -> None:
+    assert translated(CPOConfig(report_to="trackio")).run.report_to == ["trackio"]
+    assert translated(CPOConfig(project="mine")).run.report_to == []
+    assert refusal(CPOConfig(report_to="trackio", project="mine")) == (
+        "CPOConfig.project cannot be honoured; got 'mine': Trackio is told of the run's name alone; leave it out"
+    )
+
+
 def misspelled(name: str, value: Any) -> CPOConfig:
     """With a value that the constructor of transformers would refuse."""
     args = CPOConfig()
