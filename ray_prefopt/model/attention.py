@@ -54,12 +54,14 @@ def packed_attention(
     ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {' and no '.join(unknown)}")
+    if sliding_window is None and _slides_by_mask(module):
+        raise NotImplementedError("packed attention is not told of its sliding window")
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as it is for torch's own attention
         query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
     if _takes_runs(query, value):
         return _in_one_call(query, key, value, segments, scaling, sliding_window), None
-    if kind == "cpu" and sliding_window is None:
+    if kind == "cpu" and sliding_window is None and query.shape[-1] == value.shape[-1]:
         out: Tensor = _Tiled.apply(query, key, value, segments, scaling, unread)  # type: ignore[no-untyped-call]
         return out.transpose(1, 2), None
     lengths = [sum(segment) for segment in segments]
@@ -73,6 +75,16 @@ def packed_attention(
             own_k, own_v = (torch.cat([kv[:, :, :shared], kv[:, :, first:]], 2) for kv in (k, v))
             outs.append(_attend(q[:, :, first:], own_k, own_v, scaling, sliding_window))
     return torch.cat(outs, 2).transpose(1, 2).contiguous(), None
+
+
+def _slides_by_mask(module: nn.Module) -> bool:
+    """Whether a layer has a window, which a model that does not hand it on has in its masks."""
+    if getattr(module, "sliding_window", None) is not None:
+        return True
+    config = getattr(module, "config", None)
+    return (
+        getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None
+    )
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -58,13 +58,20 @@ def load_architecture(config: ModelConfig) -> PretrainedConfig:
             "router apart; set output_router_logits to false (model.overrides), and train without it"
         )
     if config.disable_dropout:
-        for name, value in architecture.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(architecture, name, 0.0)
+        _disable_dropout(architecture)
     check_quantization(config, architecture)
     if config.adapter is not None:
         read_adapter(config.adapter)
     return architecture
+
+
+def _disable_dropout(architecture: PretrainedConfig) -> None:
+    """Also that of the configs inside."""
+    for name, value in vars(architecture).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(architecture, name, 0.0)
+        elif isinstance(value, PretrainedConfig):
+            _disable_dropout(value)
 
 
 def model_class(architecture: PretrainedConfig) -> Any:

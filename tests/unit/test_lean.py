@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ray_prefopt.model import onednn
 from ray_prefopt.model.lean import keep_less
@@ -59,6 +60,26 @@ def test_values_are_equal_and_gradients_too(kind: str) -> None:
     lean_logits, found = gradients(lean)
     torch.testing.assert_close(lean_logits, logits, rtol=1e-5, atol=1e-5)
     assert_close(expected, found, 2e-6)
+
+
+class Limited(LlamaMLP):
+    """What is larger than `limit`, if there is one, is cut off, as in DeepSeek-V4."""
+
+    limit: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        return self.down_proj(
+            self.act_fn(gate if self.limit is None else gate.clamp(max=self.limit)) * self.up_proj(x)
+        )
+
+
+@pytest.mark.parametrize("limit", [0.5, 10.0, 500.0])
+def test_each_module_is_tried_by_itself_and_with_large_inputs(limit: float) -> None:
+    mlps = nn.ModuleList(Limited(model_of("llama").config) for _ in range(2))
+    mlps[1].limit = limit  # type: ignore[assignment]
+    keep_less(mlps)
+    assert ["forward" in each.__dict__ for each in mlps] == [True, False]
 
 
 def test_linear_layers_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,14 @@ def test_dropout_is_off_in_encoders_and_decoders(kind: str) -> None:
         assert torch.equal(first, second) == disable_dropout
 
 
+def test_dropout_is_off_in_configs_inside(tmp_path: Path) -> None:
+    text = {**tiny_config("llama"), "attention_dropout": 0.5}
+    architecture = load_architecture(
+        ModelConfig(from_config={"model_type": "emu3", "text_config": text}, tokenizer="-")
+    )
+    assert architecture.get_text_config().attention_dropout == 0.0
+
+
 def test_where_a_decoder_starts() -> None:
     begins = {"decoder": {"bos_token_id": 7}}
     for settings, start in (({"model_type": "t5gemma", **begins}, 7), (tiny_config("bart"), 2)):

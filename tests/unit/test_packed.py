@@ -41,12 +41,16 @@ DROPOUTS = (
     "hidden_dropout",
     "embd_dropout",
 )
-PACKED = {
-    kind: MODELS.get(kind, FAMILIES.get(kind, {}))
-    for kind in (
-        "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt", "cohere", "granite"
-    )
+PACKED = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt", "cohere", "granite",
+    "deepseek_v3",
+)  # fmt: skip
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "first_k_dense_replace": 9,
 }  # fmt: skip
+"""Keys are twice as wide as values."""
+FORMS = {**FAMILIES, **MODELS, "deepseek_v3": LATENT}
 PADDED = {
     "gemma2": "it caps its attention scores",
     "bloom": "it takes no position_ids",
@@ -62,7 +66,7 @@ LOSSES: tuple[LossConfig, ...] = (
 
 def model_of(kind: str, **more: Any) -> Any:
     """With logits large enough for a mistake to show, and every dropout off."""
-    model = tiny_model(kind, **MODELS.get(kind, FAMILIES.get(kind, {})) | more)
+    model = tiny_model(kind, **FORMS.get(kind, {}) | more)
     model.config.update({name: 0.0 for name in DROPOUTS if hasattr(model.config, name)})
     model = type(model)(model.config)
     torch.manual_seed(0)
@@ -378,7 +382,7 @@ def test_both_layouts_say_the_same_of_their_rows() -> None:
 
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cannot(kind: str) -> None:
-    model = tiny_model(kind, **MODELS.get(kind, FAMILIES.get(kind, {})))
+    model = tiny_model(kind, **FORMS.get(kind, {}))
     attention = model.config._attn_implementation
     found, reason = make_scorer(model, model, CONFIG, torch.float32, CPU)
     assert (found.is_packed, reason, model.config._attn_implementation) == (False, PADDED[kind], attention)
@@ -386,6 +390,33 @@ def test_models_that_cannot(kind: str) -> None:
         ModelError, match=f"model.layout: packed is not for this model: {PADDED[kind]}; leave it auto"
     ):
         make_scorer(model, model, CONFIG.model_copy(update={"layout": "packed"}), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("window", [6, 512])
+def test_windows_that_are_in_masks_alone(window: int) -> None:
+    """However long: the pairs that are tried beforehand are shorter than most windows."""
+    model = model_of(
+        "qwen2_moe",
+        num_experts=4,
+        output_router_logits=False,
+        use_sliding_window=True,
+        sliding_window=window,
+        max_window_layers=1,
+    )
+    found, reason = make_scorer(model, model, CONFIG, torch.float32, CPU)
+    assert not found.is_packed
+    assert reason == "a packed batch fails: packed attention is not told of its sliding window"
+
+
+def test_a_window_is_that_of_the_layer_or_of_all_layers() -> None:
+    layer, config = nn.Module(), SimpleNamespace(sliding_window=4)
+    assert not attention_module._slides_by_mask(layer)
+    layer.config = config  # type: ignore[assignment]
+    assert attention_module._slides_by_mask(layer)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    assert not attention_module._slides_by_mask(layer)
+    layer.sliding_window = 4  # type: ignore[assignment]
+    assert attention_module._slides_by_mask(layer)
 
 
 @pytest.mark.parametrize(
