@@ -8,7 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -156,6 +164,13 @@ class Source(Config):
     """Branch, tag or commit of a hub dataset."""
 
 
+def _numbers_as_text(values: Any) -> Any:
+    """`NCCL_DEBUG: 1` is as good as `"1"`."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: str(value) if type(value) is int else value for key, value in values.items()}
+
+
 Sources = Text | Source | list[Text | Source]
 
 
@@ -188,11 +203,22 @@ class DataConfig(Config):
     shuffle: bool = True
     """Permute the pairs anew in each epoch; off: the order of the files."""
     shuffle_window: int = Field(1_000_000, ge=1)
-    """Pairs that are permuted together, hence at most this many are held by a worker."""
+    """Pairs that are permuted together, hence at most this many training pairs are held by a worker."""
     group_by_length: bool = False
     """Steps of pairs of similar length: the permuted pairs of 50 steps are sorted, the longest first."""
     seed: int | None = Field(None, ge=0)
     """Of the order of the pairs; run.seed when not given."""
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _one_source_or_named_sets(cls, value: Any) -> Any:
+        """`{path: a.jsonl, split: test}` is a source, and no sets with the names path and split."""
+        is_source = isinstance(value, Mapping) and isinstance(value.get("path"), str)
+        return (
+            Source.model_validate(value)
+            if is_source and value.keys() <= Source.model_fields.keys()
+            else value
+        )
 
     @model_validator(mode="after")
     def _grouping_needs_shuffling(self) -> Self:
@@ -389,7 +415,7 @@ class RunConfig(Config):
     """Ray's name of the GPU that each worker gets: `A100`, `H100`, ...; any when not given."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Whether Ray puts workers together on few nodes, or spreads them over many."""
-    env_vars: dict[str, str] = Field(default_factory=dict)
+    env_vars: Annotated[dict[str, str], BeforeValidator(_numbers_as_text)] = Field(default_factory=dict)
     """Environment variables of the workers."""
     global_batch: int = Field(128, ge=1)
     """Pairs per optimizer step, over all workers."""

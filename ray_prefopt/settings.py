@@ -131,7 +131,8 @@ class _Flags:
         return "--" + dotted(keys)
 
 
-def _read_file(path: Path) -> _File:
+def _read_file(file: str | Path) -> _File:
+    path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -163,6 +164,12 @@ def _read_file(path: Path) -> _File:
         problem = getattr(error, "problem", None) or str(error)
         advice = "indent with spaces" if r"'\t'" in problem else "check indentation, colons and quotes"
         raise ConfigError(f"{where}: this is not YAML: {problem}; {advice}") from error
+    try:
+        json.dumps(values, default=str)
+    except (ValueError, RecursionError):
+        raise ConfigError(
+            f"config file {path}: an alias stands inside of what it names; write it out"
+        ) from None
     return _File(str(path), values, root)
 
 
@@ -374,20 +381,22 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_config(
-    files: Sequence[Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    files: Sequence[str | Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """Build the config from `base`, files and flags, later ones over earlier ones; raises ConfigError alone."""
     return _load(TrainConfig, files, flags, base)
 
 
 def load_tune_config(
-    files: Sequence[Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    files: Sequence[str | Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TuneConfig:
     """The same with a section `search`."""
     return _load(TuneConfig, files, flags, base)
 
 
-def _load(kind: type[T], files: Sequence[Path], flags: Sequence[str], base: Mapping[str, Any] | None) -> T:
+def _load(
+    kind: type[T], files: Sequence[str | Path], flags: Sequence[str], base: Mapping[str, Any] | None
+) -> T:
     layers: list[_File | _Flags] = [*map(_read_file, files), _read_flags(flags)]
     values = dict(base or {})
     for layer in layers:

@@ -24,6 +24,8 @@ Form = Literal["auto", "standard", "conversational"]
 AssistantHeader = Literal["trl", "official"]
 Message = dict[str, Any]
 
+PROMPTS = ("question", "instruction", "query", "input", "problem")
+"""Names of columns that hold prompts elsewhere."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -152,6 +154,8 @@ def _pair(
 def _text_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> PreferencePair:
     chosen, rejected = _text(row, names["chosen"]), _text(row, names["rejected"])
     if names["prompt"] not in row:
+        if other := next((name for name in PROMPTS if isinstance(row.get(name), str)), None):
+            raise _RowError("missing_column", f"no column {names['prompt']!r}, and {other!r} looks like one")
         prompt = _shared_text(chosen, rejected)
         return PreferencePair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
     if _is_list(row[names["prompt"]]):

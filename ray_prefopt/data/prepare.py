@@ -78,49 +78,51 @@ def prepare(
     ModelError when there is no tokenizer, and ResourceError when the storage cannot be written.
     """
     console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
-    order = _order(data, model, sources, storage, chunk_rows)
-    if has_blocks(order.folder):
-        blocks = open_blocks(order.folder)
-        console.print(f"blocks found: {blocks.num_pairs:,} pairs in {order.folder}")
+    preparation = _preparation(data, model, sources, storage, chunk_rows)
+    if has_blocks(preparation.folder):
+        blocks = _found(preparation, data, sources)
+        console.print(f"blocks found: {blocks.num_pairs:,} pairs in {preparation.folder}")
         return blocks
 
     started = time.perf_counter()
     attempt = uuid.uuid4().hex
     job = TokenizeJob(
-        folder=order.folder,
+        folder=preparation.folder,
         attempt=attempt,
-        tokenizer=pickle.dumps(order.tokenizer),
+        tokenizer=pickle.dumps(preparation.tokenizer),
         limits=length_limits(data),
         form=data.format,
         columns=dict(data.columns.items()),
         assistant_header=data.assistant_header,
         weights=tuple(source.weight for source in sources),
-        is_encoder_decoder=order.recipe["encoder_decoder"],
+        is_encoder_decoder=preparation.recipe["encoder_decoder"],
     )
     try:
-        reports = sorted(_watched(_run(order.work, job, chunk_rows), console), key=lambda report: report.key)
+        reports = sorted(
+            _watched(_run(preparation.work, job, chunk_rows), console), key=lambda report: report.key
+        )
         counts = _counts(reports)
         _refuse_unusable(counts, data.max_bad_fraction, sources)
-        manifest = _write_lengths(reports, order.folder, attempt) | {
+        manifest = _write_lengths(reports, preparation.folder, attempt) | {
             "format": FORMAT,
-            "fingerprint": _fingerprint(order.recipe),
+            "fingerprint": _fingerprint(preparation.recipe),
             "attempt": attempt,
-            "recipe": order.recipe,
+            "recipe": preparation.recipe,
             "date": date.today().isoformat(),
             "counts": counts,
             "blocks": [report.block for report in reports if report.block],
             "schema": {column.name: str(column.type) for column in BLOCK_SCHEMA},
         }
-        if has_blocks(order.folder):  # another driver was first, and others may read its blocks already
-            _remove(order.folder, attempt)
+        if has_blocks(preparation.folder):  # another driver was first, and others may read its blocks already
+            _remove(preparation.folder, attempt)
         else:
-            write_manifest(order.folder, manifest)
+            write_manifest(preparation.folder, manifest)
     except BaseException:
-        _remove(order.folder, attempt)
+        _remove(preparation.folder, attempt)
         raise
-    blocks = open_blocks(order.folder)
-    _remove_dead_attempts(order.folder, blocks.manifest["attempt"])
-    console.print(_summary(counts, time.perf_counter() - started, order.folder))
+    blocks = open_blocks(preparation.folder)
+    _remove_dead_attempts(preparation.folder, blocks.manifest["attempt"])
+    console.print(_summary(counts, time.perf_counter() - started, preparation.folder))
     return blocks
 
 
@@ -128,15 +130,15 @@ def find_blocks(
     data: DataConfig, model: ModelConfig, sources: Sequence[Source], storage: str
 ) -> Blocks | None:
     """The blocks that `prepare` would find; None when it would have to make them. Raises as `prepare` does."""
-    folder = _order(data, model, sources, storage, CHUNK_ROWS).folder
-    return open_blocks(folder) if has_blocks(folder) else None
+    preparation = _preparation(data, model, sources, storage, CHUNK_ROWS)
+    return _found(preparation, data, sources) if has_blocks(preparation.folder) else None
 
 
 # --- what the blocks depend on ---
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class _Preparation:
     """What is to be tokenized by what, and the folder where its blocks belong."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -145,9 +147,9 @@ class _Order:
     folder: str
 
 
-def _order(
+def _preparation(
     data: DataConfig, model: ModelConfig, sources: Sequence[Source], storage: str, chunk_rows: int
-) -> _Order:
+) -> _Preparation:
     if not sources:
         raise DataError(
             "there is nothing to prepare: a list of sources is empty; name a file in data.train or data.eval"
@@ -155,7 +157,14 @@ def _order(
     tokenizer = load_tokenizer(model, data.chat_template)
     work = lanes(sources, data.columns)
     recipe = _recipe(data, sources, work, tokenizer, load_architecture(model), chunk_rows)
-    return _Order(tokenizer, work, recipe, _blocks_folder(storage, _fingerprint(recipe)))
+    return _Preparation(tokenizer, work, recipe, _blocks_folder(storage, _fingerprint(recipe)))
+
+
+def _found(preparation: _Preparation, data: DataConfig, sources: Sequence[Source]) -> Blocks:
+    """They may have been made when more unusable rows were allowed."""
+    blocks = open_blocks(preparation.folder)
+    _refuse_unusable(blocks.manifest["counts"], data.max_bad_fraction, sources)
+    return blocks
 
 
 def length_limits(data: DataConfig) -> LengthLimits:
@@ -317,7 +326,7 @@ def _refuse_unusable(counts: Mapping[str, Any], max_bad_fraction: float, sources
         for reason, drop in counts["dropped"].items()
     ]
     remedies = ["repair these rows"]
-    if "missing_column" in counts["dropped"]:
+    if counts["dropped"].keys() & {"missing_column", "empty_prompt", "no_prompt"}:
         remedies.insert(0, "set data.columns, as in {prompt: question, chosen: better, rejected: worse}")
     if counts["pairs"]:
         remedies.append("raise data.max_bad_fraction")

@@ -228,7 +228,11 @@ def _read_csv(file: InputFile, _lane: Lane, _rows: int, *, delimiter: str = ",")
             try:
                 record = next(records, None)
             except csv.Error as error:
+                # A quote that is not closed takes in the lines after it: each of them may have been a row.
                 yield _Numbered(number, Skipped("malformed_csv", str(error)))
+                for line in range(number + 1, records.line_num + 1):
+                    detail = f"taken for a part of the record that begins in line {number}"
+                    yield _Numbered(line, Skipped("malformed_csv", detail))
                 continue
             if record is None:
                 return
@@ -287,11 +291,20 @@ def _batch_rows(batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iter
 
 def _python_rows(batch: pa.RecordBatch) -> list[Row]:
     try:
-        return list(batch.to_pylist())
+        return [{name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()]
     except ValueError as error:  # text that is no UTF-8, or a date that Python has not
         if batch.num_rows == 1:
             return [Skipped("malformed_row", str(error))]
         return [row for index in range(batch.num_rows) for row in _python_rows(batch.slice(index, 1))]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the null fields inside, which Arrow adds wherever another row has a value."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _plain_columns(schema: pa.Schema, wanted: frozenset[str], path: str) -> list[str]:

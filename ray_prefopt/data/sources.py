@@ -4,6 +4,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import datasets
@@ -30,6 +31,7 @@ CONTENT_MARKS = (
     *("mtime", "LastModified", "last_modified", "created"),
 )
 """What storages call a hash of the content, or the time it was written; the first that is known is used."""
+HELD_OUT = re.compile(r"(^|[/._-])(test|eval|validation|valid|val|dev|holdout|held[_-]?out)([._-]|$)")
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>\w[\w.-]*))?")
 
 PairColumn = Literal["prompt", "chosen", "rejected"]
@@ -77,6 +79,8 @@ def expand(source: Source) -> list[InputFile]:
     else:
         found = [local]
     _refuse_split(source)
+    if "::" in path and found == [local]:  # a chain of storages, of which the file's own name is a part
+        return _non_empty([replace(_input_file(fs, local), path=path)], path)
     return _non_empty([_input_file(fs, name) for name in found], path)
 
 
@@ -155,13 +159,11 @@ def _folder_files(fs: AbstractFileSystem, local: str, path: str) -> list[str]:
         raise DataError(
             f"the folder {path} has no data file: need one of {', '.join(FORMATS)} directly in it"
         )
-    training, held_out = (
-        [name for name in names if re.search(rf"(^|[/._-])({words})([._-]|$)", name.removeprefix(local))]
-        for words in ("train|training", "test|eval|validation|valid|val|dev")
-    )
-    if training and held_out:
+    held_out = [name for name in names if HELD_OUT.search(name.removeprefix(local))]
+    others = [name for name in names if name not in held_out]
+    if held_out and others:
         raise DataError(
-            f"the folder {path} has training and held-out files ({_base(training[0])}, {_base(held_out[0])}): "
+            f"the folder {path} has held-out files beside others ({_base(held_out[0])}, {_base(others[0])}): "
             f"name the files, or a glob such as {path.rstrip('/')}/train*"
         )
     return names

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class PairReader:
     """Random access to the pairs of a set of blocks, holding at most `max_pairs` of them (and at least one block).
 
-    Blocks stay Arrow tables, so a held pair costs its bytes; only rows that are asked for become Python lists.
+    Blocks stay Arrow tables, so a held pair costs its bytes; only rows that are asked for are sliced out, as arrays.
     """
 
     def __init__(self, blocks: Blocks, *, max_pairs: int = 1_000_000) -> None:

@@ -430,6 +430,10 @@ def test_too_many_bad_rows(make: Make, tmp_path: Path) -> None:
     ]
     assert list(Path("store/blocks").rglob("*.parquet")) == []
     assert make("a.jsonl", max_bad_fraction=0.5).num_pairs == 6
+    with pytest.raises(
+        DataError, match=r"6 of 12 rows are unusable, and data.max_bad_fraction allows 0.4 of"
+    ):
+        make("a.jsonl", max_bad_fraction=0.4)  # though its blocks are there
 
 
 def test_no_pair_is_left(make: Make) -> None:

@@ -132,6 +132,16 @@ def test_sources_become_tuples() -> None:
     named = DataConfig(train="a", eval={"chat": "c", "code": ["d", "e"]})
     assert named.eval_sets == {"chat": (Source(path="c"),), "code": (Source(path="d"), Source(path="e"))}
     assert DataConfig(train="a").eval_sets == {}
+    for given in ({"path": "c"}, {"path": "c", "split": "test"}, {"path": "c", "name": "n", "split": "test"}):
+        assert DataConfig(train="a", eval=given).eval_sets == {"": (Source(**given),)}
+    assert DataConfig(train="a", eval={"path": "c", "code": "d"}).eval_sets.keys() == {"path", "code"}
+
+
+def test_environment_variables_may_be_whole_numbers() -> None:
+    assert RunConfig(env_vars={"A": 1, "B": "two"}).env_vars == {"A": "1", "B": "two"}
+    for other in (True, 0.5, None):
+        with pytest.raises(ValidationError, match="valid string"):
+            RunConfig(env_vars={"A": other})
 
 
 def test_tokenizer_is_the_models_unless_told() -> None:

@@ -60,6 +60,15 @@ def test_implicit_text_shares_its_beginning(chosen: str, rejected: str, prompt: 
     assert pair == PreferencePair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
+def test_an_implicit_prompt_is_none_where_another_column_looks_like_one() -> None:
+    row = {"system": "s", "question": "q", "chosen": "It is blue", "rejected": "It is red"}
+    assert to_pair(row, None, form="auto", columns={}, assistant_header="trl") == Skipped(
+        "missing_column", "no column 'prompt', and 'question' looks like one"
+    )
+    pair = to_pair(row, None, form="auto", columns={"prompt": "question"}, assistant_header="trl")
+    assert pair == PreferencePair("q", "It is blue", "It is red")
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [("4", "42"), ("42", "4"), ("same", "same"), ("", "x")])
 def test_an_implicit_prompt_may_not_be_everything(chosen: str, rejected: str) -> None:
     skipped = pair_of({"chosen": chosen, "rejected": rejected})

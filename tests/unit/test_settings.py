@@ -450,6 +450,7 @@ def test_the_file_that_had_the_last_word_is_named(folder: Path) -> None:
             "run.yaml:2: this is not YAML: found character '\\t' that cannot start any token; indent with spaces",
         ),
         ("a: *b\n", "run.yaml:1: this is not YAML: found undefined alias 'b'; check indentation"),
+        ("a: &b {c: *b}\n", "config file run.yaml: an alias stands inside of what it names; write it out"),
         ("a: \x01\n", "run.yaml: this is not YAML"),
         ("a: 1\n---\nb: 2\n", "run.yaml:2: this is not YAML: but found another document"),
     ],
@@ -462,7 +463,7 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"config file none\.yaml does not exist; the working directory is /"
     ):
-        load_config([Path("none.yaml")], [])
+        load_config(["none.yaml"], [])
     with pytest.raises(
         ConfigError, match=r"config file \. cannot be read: Is a directory; give a YAML file in UTF-8"
     ):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,7 +207,16 @@ def test_bad_csv_records_cost_themselves_only(tmp_path: Path) -> None:
         Skipped("malformed_csv", "',' expected after '\"'"),
         {"chosen": "a", "rejected": "\udcff"},
         Skipped("malformed_csv", "unexpected end of data"),
+        Skipped("malformed_csv", "taken for a part of the record that begins in line 8"),
     ]
+
+
+def test_lines_after_a_quote_that_is_not_closed_are_counted(tmp_path: Path) -> None:
+    """None of them is a row that nobody hears of; a quoted field of several lines is one."""
+    path = tmp_path / "a.tsv"
+    path.write_text('chosen\trejected\na\t"b\nb"\n"c\td\n' + "e\tf\n" * 4 + '"g\th\n' + "i\tj\n" * 3)
+    assert rows_of(Source(path=str(path)))[0] == {"chosen": "a", "rejected": "b\nb"}
+    assert reasons_of(path) == [None, *["malformed_csv"] * 6, *[None] * 3]
 
 
 def test_csv_fields_may_be_long(tmp_path: Path) -> None:
@@ -428,14 +438,33 @@ def test_an_empty_shard_is_no_harm(folder: Path) -> None:
     assert len(rows_of(Source(path=str(folder / "[ab]*.jsonl")))) == len(ROWS)
 
 
-def test_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
-    for name in ("train-00000.jsonl", "test-00000.jsonl"):
-        (tmp_path / name).write_bytes(GOOD)
+@pytest.mark.parametrize(("name", "held_out"), [("train-00000", "test-00000"), ("pairs", "held_out")])
+def test_held_out_files_are_not_trained_on(name: str, held_out: str, tmp_path: Path) -> None:
+    for each in (name, held_out):
+        (tmp_path / f"{each}.jsonl").write_bytes(GOOD)
     with pytest.raises(
-        DataError, match=r"has training and held-out files \(train-00000\.jsonl, test-.*train\*"
+        DataError, match=rf"has held-out files beside others \({held_out}\.jsonl, {name}.*train\*"
     ):
         expand(Source(path=str(tmp_path)))
-    assert names_of(path=f"{tmp_path}/train*") == ["train-00000.jsonl"]
+    assert names_of(path=f"{tmp_path}/{name[:5]}*") == [f"{name}.jsonl"]
+    (tmp_path / f"{name}.jsonl").unlink()
+    assert names_of(path=str(tmp_path)) == [f"{held_out}.jsonl"]
+
+
+def test_a_file_inside_an_archive(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("pairs.jsonl", GOOD)
+    assert rows_of(Source(path=f"zip://pairs.jsonl::{tmp_path}/a.zip")) == [json.loads(GOOD)]
+
+
+def test_null_fields_that_arrow_adds_are_gone(tmp_path: Path) -> None:
+    """Rows whose tool calls have different arguments; a null in a column of its own stays."""
+    rows = [
+        {"chosen": [{"role": "assistant", "tool_calls": [{"arguments": {name: 1}}]}], "prompt": None}
+        for name in ("city", "sum")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert rows_of(Source(path=str(tmp_path / "a.parquet"))) == rows
 
 
 @pytest.mark.parametrize("option", ["split", "name", "revision"])
