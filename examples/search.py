@@ -23,7 +23,8 @@ def main(storage_path: str = "runs", *flags: str) -> TuneResult:
         scheduler="fifo",  # every trial to its end
     )
     result = tune(config, search, resume=True)  # the same call again goes on where it was interrupted
-    print(f"{result.metric} {result.value:.3f} ± {result.std:.3f} at {result.point}")
+    spread = "" if result.std is None else f" ± {result.std:.3f}"  # over seeds
+    print(f"{result.metric} {result.value:.3f}{spread} at {result.point}")
     print(f"pictures: {result.report}\nmodel: {result.model}\nits config: {result.config}")
     return result
 

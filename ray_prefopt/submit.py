@@ -155,11 +155,12 @@ def _described(job: JobDetails) -> dict[str, Any]:
 
 
 def _pack(parcel: Parcel, folder: Path) -> None:
-    """Lay out the job's working directory."""
+    """Lay out the job's working directory: all of it, since Ray leaves out what ignore files name, such as data."""
     if parcel.folder is not None:
         _check_size(parcel.folder)
+        left_out = shutil.ignore_patterns(".git", ".gitignore", ".rayignore", "__pycache__")
         shutil.copytree(
-            parcel.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", "__pycache__")
+            parcel.folder, folder, dirs_exist_ok=True, ignore=left_out, ignore_dangling_symlinks=True
         )
     if parcel.wheel is not None:
         with zipfile.ZipFile(parcel.wheel) as wheel:

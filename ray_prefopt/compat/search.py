@@ -99,18 +99,27 @@ def distribution(name: str, value: Any) -> dict[str, Any]:
         return {"grid": list(value["grid_search"])}
     if isinstance(value, Categorical):
         return {"choice": list(value.categories)}
-    if isinstance(value, Integer):
-        return {"quniform": [value.lower, value.upper - 1, 1]}
-    if isinstance(value, Float):
-        sampler: Any = value.sampler
+    sampler: Any = getattr(value, "sampler", None)
+    is_quantized = isinstance(sampler, Quantized)
+    is_logarithmic = isinstance(sampler.sampler if is_quantized else sampler, LogUniform)
+    if isinstance(value, Integer) and not is_logarithmic:
+        step = sampler.q if is_quantized else 1
+        numbers = range(
+            value.lower, value.upper + is_quantized, step
+        )  # as in numpy, randint leaves out its end
+        return (
+            {"quniform": [numbers[0], numbers[-1], step]} if len(numbers) > 1 else {"choice": list(numbers)}
+        )
+    if isinstance(value, Float) and not (is_quantized and is_logarithmic):
         ends = [value.lower, value.upper]
-        if isinstance(sampler, Quantized):
+        if is_quantized:
             return {"quniform": [*ends, sampler.q]}
-        return {"loguniform" if isinstance(sampler, LogUniform) else "uniform": ends}
+        return {"loguniform" if is_logarithmic else "uniform": ends}
     if isinstance(value, Domain):
+        steps = " in steps on a logarithmic scale" if is_logarithmic else ""
         raise ConfigError(
-            f"hp_space: {name} is a {type(value).__name__}; give uniform, loguniform, quniform, randint, choice or "
-            "grid_search of ray.tune"
+            f"hp_space: {name} is a {type(value).__name__}{steps}; give uniform, loguniform, quniform, randint, choice "
+            "or grid_search of ray.tune"
         )
     return {"choice": list(value) if isinstance(value, list | tuple) else [value]}
 

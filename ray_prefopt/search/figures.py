@@ -28,7 +28,7 @@ Entry = tuple[str, str, go.Figure]
 
 def all_figures(found: Findings) -> Iterator[Entry]:
     """Those that the search has the trials for."""
-    measured = [group for group in found.groups if group.mean(found.metric) is not None]
+    measured = [group for group in found.groups if is_finite(group.mean(found.metric))]
     if not measured:
         return
     yield by_parameter(found, measured)
@@ -45,6 +45,11 @@ def all_figures(found: Findings) -> Iterator[Entry]:
         yield spread(found, measured)
     yield likelihood(found, measured)
     yield cost(found)
+
+
+def is_finite(value: float | None) -> bool:
+    """Whether it can be drawn."""
+    return value is not None and math.isfinite(value)
 
 
 def _layout(figure: go.Figure, height: int, **more: Any) -> go.Figure:
@@ -152,13 +157,25 @@ def contour_pair(found: Findings) -> tuple[str, str] | None:
         *(name for name in wanted if name in numbers),
         *(name for name in numbers if name not in wanted),
     ]
-    points = {tuple(group.point.get(name) for name in chosen[:2]) for group in found.finished()}
-    return (chosen[0], chosen[1]) if len(chosen) > 1 and len(points) > 3 else None
+    if len(chosen) < 2:
+        return None
+    pair = chosen[0], chosen[1]
+    points = {tuple(group.point[name] for name in pair) for group in _with_both(found, pair)}
+    return pair if len(points) > 3 else None
+
+
+def _with_both(found: Findings, pair: tuple[str, str]) -> list[Group]:
+    """The finished points that have these two, and a number for the metric."""
+    return [
+        group
+        for group in found.finished()
+        if all(name in group.point for name in pair) and is_finite(group.mean(found.metric))
+    ]
 
 
 def contour(found: Findings, pair: tuple[str, str]) -> Entry:
     dimensions = [found.space.dimensions[name] for name in pair]
-    groups = [group for group in found.finished() if all(name in group.point for name in pair)]
+    groups = _with_both(found, pair)
     z = np.array([group.mean(found.metric) for group in groups])
     spots = np.array(
         [[position(d, g.point[n]) for d, n in zip(dimensions, pair, strict=True)] for g in groups], float
@@ -233,7 +250,7 @@ def learning_curves(found: Findings) -> Entry:
 
 def importance(found: Findings) -> dict[str, float]:
     """Share of the metric's variance that each parameter explains (fANOVA); none with too few points for it."""
-    finished = found.finished()
+    finished = [group for group in found.finished() if is_finite(group.mean(found.metric))]
     names = [name for name in found.space.dimensions if len({show(g.point.get(name)) for g in finished}) > 1]
     finished = [group for group in finished if all(name in group.point for name in names)]
     values = [group.mean(found.metric) for group in finished]

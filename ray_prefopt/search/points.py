@@ -20,8 +20,11 @@ STUDY = "prefopt"
 
 def number_of_points(space: Space, search: SearchConfig) -> int:
     """How many points are tried."""
-    grid = len(space.grid())
-    return search.trials or (grid if grid > 1 else DEFAULT_TRIALS)
+    if search.trials is not None:
+        return search.trials
+    has_grid = len(space.grid()) > 1
+    number = len(first_points(space, search)) if has_grid else DEFAULT_TRIALS
+    return min(number, space.size or number) if search.scheduler == "pbt" else number
 
 
 def first_points(space: Space, search: SearchConfig) -> list[Point]:
@@ -94,7 +97,7 @@ class Points(Searcher):
         )
         self._keeps_itself = storage is not None
         if not self._study.trials:
-            for point in first_points(space, search)[: self._total]:
+            for point in first_points(space, search):  # those that there are no trials for wait for more
                 self._study.enqueue_trial({name: label(value) for name, value in point.items()})
 
     def _sampler(self, handed_out: int) -> optuna.samplers.BaseSampler:

@@ -21,6 +21,8 @@ from ray_prefopt.search_config import Dimension, SearchConfig
 Point = dict[str, Any]
 """Values by dotted field."""
 
+COUNTED = 10_000
+"""Most combinations of lists that are looked at to see how many points there are."""
 PROBES = 64
 """Points that are drawn to see whether the configs of a space can be."""
 NOT_VARIED = {"run.name", "run.storage_path", "run.resume_from", "run.force_new", "run.export", "run.seed"}
@@ -98,16 +100,50 @@ class Space:
         }
 
     def grid(self) -> list[Point]:
-        """Every combination of the grids; one empty point when there is none."""
+        """Every combination of the grids, each once; one empty point when there is none."""
         grids = {name: dimension.grid for name, dimension in self.dimensions.items() if dimension.grid}
-        return [dict(zip(grids, values, strict=True)) for values in product(*grids.values())]
+        points: list[Point] = []
+        for values in product(*grids.values()):
+            combination = dict(zip(grids, values, strict=True))
+            point = {name: value for name, value in combination.items() if self._may_apply(name, combination)}
+            if point not in points:
+                points.append(point)
+        return points
+
+    def _may_apply(self, name: str, point: Mapping[str, Any]) -> bool:
+        """Whether a field has a meaning at a point, of which other fields are still to be chosen."""
+        is_open = any(other in self.dimensions and other not in point for other in self.dimensions[name].when)
+        return is_open or self.applies(name, point)
+
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None where they are too many to count."""
+        lists = [dimension.values for dimension in self.dimensions.values()]
+        if (
+            any(values is None for values in lists)
+            or math.prod(len(values or []) for values in lists) > COUNTED
+        ):
+            return None
+        points = set()
+        for combination in product(*(values or [] for values in lists)):
+            point = dict(zip(self.dimensions, combination, strict=True))
+            held: Point = {}
+            for name, value in point.items():  # in the order in which they depend on each other
+                if self.applies(name, held):
+                    held[name] = value
+            points.add(json.dumps(held))
+        return len(points)
 
     def data_variants(self) -> Iterator[TrainConfig]:
         """A config for each way that the space makes tokens from rows."""
-        names = [name for name in self.dimensions if _decides_tokens(name)]
+        dimensions = {name: each for name, each in self.dimensions.items() if _decides_tokens(name)}
+        values = [
+            [{name: value} for value in each.values or []] + ([{}] if each.when else [])
+            for name, each in dimensions.items()
+        ]
         seen = []
-        for values in product(*(self.dimensions[name].values or [] for name in names)):
-            config = self.config_at(dict(zip(names, values, strict=True)))
+        for parts in product(*values):
+            config = self.config_at({name: value for part in parts for name, value in part.items()})
             key = (config.data, config.model.tokenizer_path)
             if key not in seen:
                 seen.append(key)
@@ -145,6 +181,11 @@ def make_space(base: TrainConfig, search: SearchConfig) -> Space:
             raise ConfigError(
                 f"search.points: {unheld[0]} {show(point[unheld[0]])} is not in the space; widen search.space"
             )
+    if search.scheduler == "pbt" and space.size is not None and (search.trials or 0) > space.size:
+        raise ConfigError(
+            f"search.trials {search.trials}: each trial of a population begins at a point of its own, and search.space "
+            f"has {space.size}; set search.trials to that, or widen the space"
+        )
     _probe(space, search)
     return space
 

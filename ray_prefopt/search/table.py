@@ -52,6 +52,8 @@ class Group:
     """The trials of one point, one per seed."""
 
     rows: tuple[Row, ...]
+    seeds: int = 1
+    """How many trials a point has when all have begun."""
 
     @property
     def point(self) -> Point:
@@ -59,8 +61,9 @@ class Group:
 
     @property
     def status(self) -> str:
-        """`finished` when all are; else the first of failed, stopped, running that any of them is."""
-        states = {row.status for row in self.rows}
+        """`finished` when all are; else the first of failed, stopped, running that any of them is. Stopped, too, when
+        the search came to its end before all had begun."""
+        states = {row.status for row in self.rows} | ({"stopped"} if len(self.rows) < self.seeds else set())
         return next((state for state in ("failed", "stopped", "running") if state in states), "finished")
 
     def values(self, metric: str) -> list[float]:
@@ -84,7 +87,8 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     by_point: dict[str, list[Row]] = {}
     for row in rows:
         by_point.setdefault(row.name.partition("-seed-")[0], []).append(row)
-    found = [Group(tuple(members)) for members in by_point.values()]
+    seeds = max(map(len, by_point.values()), default=1)
+    found = [Group(tuple(members), seeds) for members in by_point.values()]
     return sorted(found, key=lambda group: (group.status == "finished", group.score), reverse=True)
 
 

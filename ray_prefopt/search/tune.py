@@ -311,13 +311,15 @@ def _has_snapshot(folder: str) -> bool:
 
 def _population(space: Space, search: SearchConfig) -> list[Point]:
     """Where the trials of a population begin: each at a point of its own."""
-    rng = random.Random(search.seed)
-    points: list[Point] = [{**space.draw(rng), **point} for point in first_points(space, search)]
-    while len(points) < number_of_points(space, search):
+    rng, number = random.Random(search.seed), number_of_points(space, search)
+    points: list[Point] = []
+    for point in first_points(space, search):
+        whole = {**space.draw(rng), **point}
+        points += [whole] if whole not in points else []
+    while len(points) < number:
         point = space.draw(rng)
-        if point not in points:
-            points.append(point)
-    return points[: number_of_points(space, search)]
+        points += [point] if point not in points else []
+    return points[:number]
 
 
 def _study_url(folder: str) -> str | None:
@@ -362,6 +364,7 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
     best = ranked[0]
     fs, path = url_to_fs(folder)
     write_text(fs, f"{path}/{BEST}", _best_config(task, config, best))
+    model = export(f"{config.run.storage_path}/{best.rows[0].run}", f"{folder}/best")
     report = write_report(folder)
     if isinstance(fs, LocalFileSystem):
         _write_board(path, rows, task.measure.metric)
@@ -377,7 +380,7 @@ def _finish(task: Task, config: TrainConfig, folder: str, begun: float) -> TuneR
         value=value,
         std=best.std(task.measure.metric),
         config=f"{folder}/{BEST}",
-        model=export(f"{config.run.storage_path}/{best.rows[0].run}", f"{folder}/best"),
+        model=model,
         report=report,
         trials=dict(Counter(row.status for row in rows)),
         seconds=round(time.monotonic() - begun, 1),

@@ -155,6 +155,8 @@ def test_a_job_brings_its_configs_its_wheel_and_its_folder(folder: Path, tmp_pat
     for name in ("data/a.jsonl", ".git/objects", "m/__pycache__/x.pyc"):
         (brought / name).parent.mkdir(parents=True)
         (brought / name).write_text("x")
+    (brought / ".gitignore").write_text("data/\n*.yaml\nray_*\n")  # which Ray would follow
+    (brought / "gone").symlink_to("nowhere")
     out = folder / "out"
     out.mkdir()
     _pack(Parcel("r", [], {"config-0.yaml": Path("run.yaml")}, Path("w.whl"), brought), out)

@@ -24,6 +24,8 @@ def test_arguments_become_fields_and_distributions_ours() -> None:
         "learning_rate": tune.choice([1e-6, 1e-5]),
         "label_smoothing": tune.quniform(0, 0.4, 0.1),
         "num_train_epochs": tune.randint(1, 4),
+        "optim.warmup_steps": tune.qrandint(8, 64, 8),
+        "run.max_steps": tune.randint(7, 8),
         "run.global_batch": tune.grid_search([32, 64]),
     }
     found = asked(space, n_trials=7, scheduler="fifo", seeds=[1, 2])
@@ -33,6 +35,8 @@ def test_arguments_become_fields_and_distributions_ours() -> None:
         "optim.learning_rate": Dimension(choice=[1e-6, 1e-5]),
         "loss.label_smoothing": Dimension(quniform=(0, 0.4, 0.1)),
         "run.epochs": Dimension(quniform=(1, 3, 1)),
+        "optim.warmup_steps": Dimension(quniform=(8, 64, 8)),
+        "run.max_steps": Dimension(choice=[7]),
         "run.global_batch": Dimension(grid=[32, 64]),
     }
 
@@ -48,6 +52,16 @@ def test_gamma_is_divided_by_beta_and_multiplied_back() -> None:
     [
         ({"batch": 1}, {}, "hp_space: batch cannot be searched over; alpha, beta"),
         ({"beta": tune.sample_from(lambda: 1)}, {}, "hp_space: beta is a Function; give uniform, loguniform"),
+        (
+            {"beta": tune.lograndint(1, 9)},
+            {},
+            "hp_space: beta is a Integer in steps on a logarithmic scale; give uniform",
+        ),
+        (
+            {"beta": tune.qloguniform(1, 9, 1)},
+            {},
+            "hp_space: beta is a Float in steps on a logarithmic scale; give uniform",
+        ),
         ({"beta": [1], "simpo_gamma": [1]}, {}, "simpo_gamma means another margin for every beta"),
         ({"beta": [1]}, {"backend": "optuna"}, "backend is ray here; got optuna"),
         (

@@ -1,5 +1,6 @@
 """Which trials a search hands out, without running any: real Optuna, made-up scores."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def test_every_searcher_gives_what_was_asked_for(searcher: str) -> None:
     assert len(set(betas)) == 12
     if searcher != "random":  # which learns nothing
         assert min(abs(beta - 3) for beta in betas[6:]) < min(abs(beta - 3) for beta in betas[:4])
+
+
+def test_what_there_are_no_trials_for_waits_for_more(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study"
+    space = {"loss.beta": {"grid": [1, 2, 4]}, "loss.gamma_beta_ratio": {"grid": [0.0, 0.5, 1.0]}}
+    first = points(search(space=space, trials=4), url=url)
+    given = run_all(first, near_three)
+    first.save(str(tmp_path / "saved"))
+    again = points(search(space=space, trials=9), url=url)
+    again.restore(str(tmp_path / "saved"))
+    given += run_all(again, near_three)
+    assert len({json.dumps(config["point"]) for config in given}) == len(given) == 9
 
 
 def test_a_grid_is_tried_once_each() -> None:

@@ -1,6 +1,7 @@
 """The report, from a folder that is written here by hand, in a real browser where there is one."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -36,7 +37,9 @@ def write_search(
         for seed in seeds:
             name = f"trial-{number:03d}" + (f"-seed-{seed}" if len(seeds) > 1 else "")
             best = (
-                0.8 - 0.02 * (point["loss.beta"] - 3) ** 2 - 0.1 * (point["loss.gamma_beta_ratio"] - 0.5) ** 2
+                0.8
+                - 0.02 * (point["loss.beta"] - 3) ** 2
+                - 0.1 * (point.get("loss.gamma_beta_ratio", 0) - 0.5) ** 2
             )
             curve = [
                 {
@@ -125,6 +128,30 @@ def test_importance_finds_what_matters(drawn: str) -> None:
 
 def test_beta_and_the_margin_are_drawn_against_each_other(gridded: str) -> None:
     assert contour_pair(read_findings(gridded)) == ("loss.beta", "loss.gamma_beta_ratio")
+
+
+def test_what_no_point_has_is_not_drawn(tmp_path: Path) -> None:
+    points = [{"loss.kind": "cpo", "loss.beta": beta} for beta in (2.0, 3.0, 4.0, 5.0, 6.0)]
+    space = {
+        "loss.kind": {"choice": ["simpo", "cpo"]},
+        "loss.beta": {"uniform": [2, 10]},
+        "loss.gamma_beta_ratio": {"uniform": [0, 1], "when": {"loss.kind": "simpo"}},
+    }
+    folder = write_search(tmp_path / "sweep", points, {"space": space})
+    assert contour_pair(read_findings(folder)) is None
+    assert Path(write_report(folder)).exists()
+
+
+def test_what_is_no_number_is_not_drawn(drawn: str, tmp_path: Path) -> None:
+    """Of a metric that was NaN or infinite, such as a loss that has overflowed."""
+    shutil.copytree(drawn, tmp_path / "sweep")
+    rows = json.loads((tmp_path / "sweep" / "trials.json").read_text())
+    for row, value in zip(rows[1:4], (math.nan, math.inf, math.nan), strict=True):
+        row["metrics"][METRIC] = value
+    rows[3]["status"] = "stopped"
+    (tmp_path / "sweep" / "trials.json").write_text(json.dumps(rows))
+    assert Path(write_report(str(tmp_path / "sweep"))).exists()
+    assert importance(read_findings(str(tmp_path / "sweep")))["loss.beta"] > 0.8
 
 
 def test_a_folder_without_trials(tmp_path: Path) -> None:

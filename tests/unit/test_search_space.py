@@ -13,6 +13,7 @@ from ray_prefopt.search.measure import Measure, check_metric
 from ray_prefopt.search.points import first_points, number_of_points
 from ray_prefopt.search.schedulers import explore, perturbed
 from ray_prefopt.search.space import make_space
+from ray_prefopt.search.tune import _population
 from ray_prefopt.search_config import Dimension, SearchConfig
 
 
@@ -154,6 +155,76 @@ def test_grids_are_walked_through_and_points_come_first() -> None:
         {"loss.beta": 4, "loss.gamma_beta_ratio": 1.0},
         {"loss.beta": 1, "loss.gamma_beta_ratio": 0.0},
     ]
+
+
+def test_every_value_of_a_grid_is_tried_beside_points_and_recipes() -> None:
+    asked = search(preset="simpo", space={"loss.beta": {"grid": [4, 6, 8]}})
+    found = make_space(base(), asked)
+    first = first_points(found, asked)
+    assert first[-3:] == [{"loss.beta": 4}, {"loss.beta": 6}, {"loss.beta": 8}]
+    assert number_of_points(found, asked) == len(first) == len(found.recipes) + 3
+
+
+def test_combinations_that_mean_the_same_are_one() -> None:
+    """A field without a meaning at a point is no part of it; one that is still open may have one."""
+    gamma = {"grid": [0.0, 0.5], "when": {"loss.kind": "simpo"}}
+    space = {"loss.kind": {"grid": ["simpo", "cpo"]}, "loss.gamma_beta_ratio": gamma}
+    assert make_space(base(), search(space=space)).grid() == [
+        {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.0},
+        {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.5},
+        {"loss.kind": "cpo"},
+    ]
+    space["loss.kind"] = {"choice": ["simpo", "cpo"]}
+    cpo = base(loss={"kind": "cpo"})
+    assert make_space(cpo, search(space=space)).grid() == [
+        {"loss.gamma_beta_ratio": 0.0},
+        {"loss.gamma_beta_ratio": 0.5},
+    ]
+
+
+def test_points_of_lists_can_be_counted() -> None:
+    gamma = {"choice": [0.0, 0.5], "when": {"loss.kind": "simpo"}}
+    space: dict[str, Any] = {"loss.kind": {"choice": ["simpo", "cpo"]}, "loss.gamma_beta_ratio": gamma}
+    assert make_space(base(), search(space=space)).size == 3
+    assert make_space(base(), search(space=space | {"loss.beta": {"uniform": [1, 2]}})).size is None
+    many = {name: {"choice": list(range(1, 200))} for name in ("run.global_batch", "optim.warmup_steps")}
+    assert make_space(base(), search(space=many)).size is None
+
+
+def test_a_population_has_no_more_trials_than_points() -> None:
+    space = {"loss.beta": {"choice": [1, 2, 4]}}
+    asked = search(space=space, scheduler="pbt", points=[{"loss.beta": 2}])
+    found = make_space(base(), asked)
+    assert sorted(point["loss.beta"] for point in _population(found, asked)) == [1, 2, 4]
+    with pytest.raises(
+        ConfigError,
+        match=r"^search.trials 4: each trial of a population begins at a .* has 3; set search.trials to",
+    ):
+        make_space(base(), search(space=space, scheduler="pbt", trials=4))
+
+
+def test_points_that_are_the_same_when_they_are_whole_are_one() -> None:
+    asked = search(
+        space={"loss.beta": {"choice": [1, 2]}, "loss.label_smoothing": {"choice": [0.0, 0.1]}},
+        scheduler="pbt",
+        points=[
+            {"loss.beta": 1},
+            {"loss.label_smoothing": 0.0},
+            {"loss.beta": 1, "loss.label_smoothing": 0.0},
+        ],
+    )
+    for seed in range(8):
+        points = _population(make_space(base(), asked), asked.model_copy(update={"seed": seed}))
+        assert len({json.dumps(point) for point in points}) == len(points) == 4
+
+
+def test_tokens_are_prepared_for_where_a_field_does_not_apply() -> None:
+    limit = {"choice": [192, 224], "when": {"loss.kind": "simpo"}}
+    space = make_space(
+        base(data={"train": "a", "eval": "b", "max_length": 600, "max_prompt_length": 100}),
+        search(space={"loss.kind": {"choice": ["simpo", "cpo"]}, "data.max_length": limit}),
+    )
+    assert {config.data.max_length for config in space.data_variants()} == {192, 224, 600}
 
 
 def test_each_way_of_making_tokens_is_prepared() -> None:

@@ -83,6 +83,13 @@ def test_points_are_ranked_by_their_mean_and_those_without_a_model_come_last() -
     assert Group((ROWS[0],)).std(MEASURE.metric) is None
 
 
+def test_a_point_is_whole_with_all_its_seeds() -> None:
+    """A budget that ended the search between two seeds leaves a point that was measured once."""
+    (first, last) = groups([*ROWS[:2], row("trial-005-seed-1", 5.0, 0.99)])
+    assert (first.point["loss.beta"], first.status) == (1.0, "finished")
+    assert (last.point["loss.beta"], last.status) == (5.0, "stopped")
+
+
 def test_results_csv() -> None:
     head, *lines = (line.split(",") for line in results_csv(ROWS, MEASURE).splitlines())
     assert head[:9] == [
