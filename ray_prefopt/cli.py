@@ -60,9 +60,16 @@ def _tokenize(args: argparse.Namespace) -> Any:
     return prepare_data(config)
 
 
+def _loaded(command: str, args: argparse.Namespace) -> TrainConfig:
+    """The config of a command, here or in a job."""
+    load = load_tune_config if command == "tune" else load_config
+    model = [f"--model.path={args.model}"] if getattr(args, "model", None) else []
+    base: dict[str, Any] | None = {"data": {"train": []}} if command == "evaluate" else None
+    return load(args.config, [*args.flags, *model], base)
+
+
 def _evaluate(args: argparse.Namespace) -> Any:
-    model = [f"--model.path={args.model}"] if args.model else []
-    config = load_config(args.config, [*args.flags, *model], base={"data": {"train": []}})
+    config = _loaded("evaluate", args)
     if not config.data.eval_sets:
         raise ConfigError("nothing to evaluate on: got no data.eval; add --data.eval PAIRS")
     if args.dry_run:
@@ -144,10 +151,7 @@ def _parcel(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any]]:
     if name not in SUBMITTABLE:
         raise ConfigError(f"{name} cannot be submitted; what can is {', '.join(SUBMITTABLE)}")
     inner = _parse(name, given)
-    load = load_tune_config if name == "tune" else load_config
-    model = [f"--model.path={inner.model}"] if getattr(inner, "model", None) else []
-    base: dict[str, Any] | None = {"data": {"train": []}} if name == "evaluate" else None
-    config = load(inner.config, [*inner.flags, *model], base)
+    config = _loaded(name, inner)
     if "://" not in config.run.storage_path and not os.path.isabs(config.run.storage_path):
         raise ConfigError(
             f"run.storage_path {config.run.storage_path} would be in a folder that goes with the job: "

@@ -251,6 +251,15 @@ class DataConfig(Config):
         return {"": _as_sources(self.eval)}
 
 
+def eval_prefix(name: str) -> str:
+    """What the metrics of an evaluation set begin with.
+
+    >>> eval_prefix(""), eval_prefix("easy")
+    ('eval_', 'eval_easy_')
+    """
+    return f"eval_{name}_" if name else "eval_"
+
+
 def _as_sources(value: Sources) -> tuple[Source, ...]:
     items: Sequence[str | Source] = [value] if isinstance(value, str | Source) else value
     return tuple(Source(path=item) if isinstance(item, str) else item for item in items)

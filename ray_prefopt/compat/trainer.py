@@ -51,7 +51,7 @@ from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses, pair_rewards
 from ray_prefopt.model.adapters import base_of, name_base, with_adapter
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import can_restrict_logits, pair_logps
 from ray_prefopt.model.load import (
     compute_dtype,
     decoder_start_id,
@@ -116,7 +116,7 @@ class CPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         own_optimizer = _own_optimizer(optimizers, self.model, peft_config)
         cluster = run_values(scaling_config, run_config)
-        self._translated = partial(
+        self._translate = partial(
             to_train_config,
             self.args,
             model=model_values(self.model, self.processing_class, self._inputs),
@@ -127,10 +127,10 @@ class CPOTrainer:
         )
         check_trained(self.model, has_new_adapter=peft_config is not None)
         unread: dict[str, Any] = {"train": [], **({"eval": None} if eval_dataset is None else {})}
-        self._architecture = load_architecture(self._translated(data=unread).model)
+        self._architecture = load_architecture(self._translate(data=unread).model)
         self.is_encoder_decoder = bool(self._architecture.is_encoder_decoder)
-        self._translated = partial(self._translated, is_encoder_decoder=self.is_encoder_decoder)
-        self._config = self._translated(data=unread)
+        self._translate = partial(self._translate, is_encoder_decoder=self.is_encoder_decoder)
+        self._config = self._translate(data=unread)
         self._hooks = Hooks(
             arguments=self.args,
             compute_metrics=None if self.args.prediction_loss_only else compute_metrics,
@@ -167,7 +167,7 @@ class CPOTrainer:
         resume = resume_from_checkpoint
         run = self._beginning(self.args.resume_from_checkpoint if resume is None else resume)
         pairs = pairs_source(self.train_dataset, self._inputs / "train")
-        config = self._translated(data={"train": pairs, "eval": self._eval_sources(self.eval_dataset)})
+        config = self._translate(data={"train": pairs, "eval": self._eval_sources(self.eval_dataset)})
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
         begun = time.time()
         with Pushes(self.args, self._card_details()) if self.args.push_to_hub else nullcontext() as observer:
@@ -263,7 +263,7 @@ class CPOTrainer:
             **settings,
         )
         pairs = pairs_source(self.train_dataset, self._inputs / "train")
-        config = self._translated(data={"train": pairs})
+        config = self._translate(data={"train": pairs})
         data = {"eval": self._eval_sources(self.eval_dataset)}  # whatever args.eval_strategy says
         run = {"name": hp_name(None) if hp_name else f"{config.run.name}-search", "force_new": True}
         hooks = replace(self._hooks, callbacks=tuple(self.callbacks))
@@ -503,7 +503,7 @@ class CPOTrainer:
         pairs = pairs_of(batch)
         collated = collate(pairs, pad_id=self._pad_id, decoder_start_id=decoder_start_id(self._architecture))
         collated = collated.to(next(model.parameters()).device)
-        logps = pair_logps(model, collated, keep_logits=keeps_logits(model))
+        logps = pair_logps(model, collated, restrict_logits=can_restrict_logits(model))
         tokens = sum(len(pair.chosen) - pair.chosen_start for pair in pairs)
         aux_loss_coef = getattr(getattr(model, "config", None), "router_aux_loss_coef", 0.0)
         objective = Objective(self._config.loss, aux_loss_coef)

@@ -38,7 +38,7 @@ class Scored:
     """Predicting positions of each pair."""
 
 
-class Found:
+class FoundLogps:
     """Log-probabilities of all scored tokens of a micro-batch, and their mean logits, as chunks bring them."""
 
     def __init__(self, scored: Scored) -> None:
@@ -67,7 +67,7 @@ class Head:
     """As `F.linear`, without gradients: of states (C, D) and weights (V, D), and back."""
 
 
-def one_pass(hidden_UD: Tensor, head: Head, found: Found, pair_loss: PairLoss) -> Tensor:
+def one_pass(hidden_UD: Tensor, head: Head, found: FoundLogps, pair_loss: PairLoss) -> Tensor:
     """The loss of a micro-batch, a scalar with its gradient; `found` gets the log-probabilities that it is of.
 
     `hidden_UD` are the states at the predicting positions, in the order of `found.scored`.
@@ -77,7 +77,7 @@ def one_pass(hidden_UD: Tensor, head: Head, found: Found, pair_loss: PairLoss) -
     return loss
 
 
-def score(hidden_UD: Tensor, head: Head, found: Found) -> Tensor:
+def score(hidden_UD: Tensor, head: Head, found: FoundLogps) -> Tensor:
     """The log-probabilities alone, without gradient; returns the sums over completions, (2B,)."""
     logits = _Logits(_as_multiplied(hidden_UD), head, found)
     for parts in logits.groups():
@@ -131,7 +131,7 @@ def _groups(scored: Scored, rows_at_once: int) -> Iterator[list[_Part]]:
 class _Logits:
     """The logits of a micro-batch, a part at a time."""
 
-    def __init__(self, hidden_UD: Tensor, head: Head, found: Found) -> None:
+    def __init__(self, hidden_UD: Tensor, head: Head, found: FoundLogps) -> None:
         weight_VD, bias_V = head.linear.weight.detach(), head.linear.bias
         self.hidden_UD = hidden_UD.detach()
         self.weight_VD = weight_VD.to(hidden_UD.dtype)
@@ -229,7 +229,7 @@ class _OnePass(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         head: Head,
-        found: Found,
+        found: FoundLogps,
         pair_loss: PairLoss,
     ) -> Tensor:
         logits = _Logits(hidden_UD, head, found)
@@ -242,17 +242,17 @@ class _OnePass(torch.autograd.Function):
             for part in reversed(parts):
                 gradients.add(scores or logits.score(part), part, slopes_S[part.tokens] * head.scale)
                 scores = None  # gone before there are others
-        ctx.found = gradients.hidden_UD, gradients.weight_VD, gradients.bias_V
+        ctx.gradients = gradients.hidden_UD, gradients.weight_VD, gradients.bias_V
         ctx.dtypes = hidden_UD.dtype, weight_VD.dtype, weight_VD.dtype
         return pair_loss(found.logps()).detach()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """In fp32 up to here, since `upstream` has the scale that fp16 needs."""
-        found, ctx.found = ctx.found, None  # who gets the last reference need not copy
+        gradients, ctx.gradients = ctx.gradients, None  # who gets the last reference need not copy
         scaled = [
             None if each is None else each.mul_(upstream).to(dtype)
-            for each, dtype in zip(found, ctx.dtypes, strict=True)
+            for each, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None
 
@@ -263,7 +263,7 @@ def _zeros(weight: Tensor | None) -> Tensor | None:
     )
 
 
-def _slopes(found: Found, pair_loss: PairLoss) -> Tensor:
+def _slopes(found: FoundLogps, pair_loss: PairLoss) -> Tensor:
     """The derivative of the loss by each scored log-probability, (S,); right for the pairs that have been found."""
     scored = found.scored
     with torch.enable_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_prefopt.data.collate import PackedBatch, PairBatch
-from ray_prefopt.losses.head import Found, Head, PairLoss, Scored, one_pass, score
+from ray_prefopt.losses.head import FoundLogps, Head, PairLoss, Scored, one_pass, score
 from ray_prefopt.losses.logps import PairLogps, token_logps
 from ray_prefopt.model.adapters import base_of
 from ray_prefopt.model.last_layer import Read
@@ -23,7 +23,7 @@ ForwardFn = Callable[..., Any]
 Batch = PairBatch | PackedBatch
 
 
-def keeps_logits(model: nn.Module) -> bool:
+def can_restrict_logits(model: nn.Module) -> bool:
     """Whether the model can restrict its head to some positions (nearly all causal models of transformers can)."""
     return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
@@ -34,8 +34,8 @@ class Scorer:
 
     forward: ForwardFn
     """The model, or the engine that wraps it."""
-    keep_logits: bool = True
-    """As `keeps_logits` says of the model."""
+    restrict_logits: bool = True
+    """As `can_restrict_logits` says of the model."""
     is_packed: bool = False
     """Whether micro-batches should be packed."""
     model: Any = None
@@ -48,11 +48,11 @@ class Scorer:
     def logps(self, batch: Batch) -> PairLogps:
         """Log-probabilities of both completions of each pair."""
         if isinstance(batch, PairBatch):
-            return pair_logps(self.forward, batch, keep_logits=self.keep_logits)
+            return pair_logps(self.forward, batch, restrict_logits=self.restrict_logits)
         head = self.head
         if head is None or torch.is_grad_enabled():
             return self._all_logps(batch)
-        found = Found(_scored(batch))
+        found = FoundLogps(_scored(batch))
         self._in_head(batch, head, lambda hidden_UD: score(hidden_UD, head, found))
         return found.logps()
 
@@ -62,7 +62,7 @@ class Scorer:
         if head is None or isinstance(batch, PairBatch):
             logps = self.logps(batch)
             return pair_loss(logps), logps
-        found = Found(_scored(batch))
+        found = FoundLogps(_scored(batch))
         loss = self._in_head(batch, head, lambda hidden_UD: one_pass(hidden_UD, head, found, pair_loss))
         return loss, found.logps()
 
@@ -123,13 +123,13 @@ def _forward_replaced(module: nn.Module, forward: ForwardFn) -> Iterator[None]:
         del module.forward
 
 
-def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True) -> PairLogps:
+def pair_logps(forward: ForwardFn, batch: PairBatch, *, restrict_logits: bool = True) -> PairLogps:
     """Log-probabilities of both completions of each pair, from one forward pass of a language model.
 
-    `forward` is the model, or the engine that wraps it; `keep_logits` is `keeps_logits(model)`.
+    `forward` is the model, or the engine that wraps it; `restrict_logits` is `can_restrict_logits(model)`.
     """
     # The 2-D boolean mask of transformers: only its True positions reach the head, flattened to (S, V).
-    kept = {"logits_to_keep": batch.predicts_RD} if keep_logits else {}
+    kept = {"logits_to_keep": batch.predicts_RD} if restrict_logits else {}
     decoder_ids = batch.decoder_input_ids_RD
     decoder = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
     output = forward(
@@ -139,7 +139,7 @@ def pair_logps(forward: ForwardFn, batch: PairBatch, *, keep_logits: bool = True
         **decoder,
         **kept,
     )
-    logits_SV = output.logits if keep_logits else output.logits[batch.predicts_RD]
+    logits_SV = output.logits if restrict_logits else output.logits[batch.predicts_RD]
     logps_S, logits_S = token_logps(logits_SV, batch.targets_S)
 
     lengths_R = batch.predicts_RD.sum(1)

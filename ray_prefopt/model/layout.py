@@ -16,7 +16,7 @@ from ray_prefopt.errors import ModelError
 from ray_prefopt.losses.head import Head
 from ray_prefopt.model.adapters import base_of
 from ray_prefopt.model.attention import NAME
-from ray_prefopt.model.forward import ForwardFn, Scorer, keeps_logits
+from ray_prefopt.model.forward import ForwardFn, Scorer, can_restrict_logits
 from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.last_layer import spare_unread
 from ray_prefopt.model.onednn import linear
@@ -34,7 +34,7 @@ def make_scorer(
     `forward` is the model, or the engine that wraps it; `dtype` what it computes in. Raises ModelError when
     model.layout asks for packed pairs and the model cannot take them.
     """
-    padded = Scorer(forward, keep_logits=keeps_logits(model))
+    padded = Scorer(forward, restrict_logits=can_restrict_logits(model))
     if config.layout == "padded":
         return padded, "model.layout: padded"
     obstacle = obstacle_of(model, config)
@@ -67,7 +67,7 @@ def obstacle_of(model: nn.Module, config: ModelConfig) -> str | None:
     layers = set(getattr(text, "layer_types", None) or ()) - PACKED_LAYERS
     obstacles = {
         "it is an encoder-decoder": architecture.is_encoder_decoder,
-        "it does not restrict its logits": not keeps_logits(model),
+        "it does not restrict its logits": not can_restrict_logits(model),
         "it takes no position_ids": "position_ids" not in inspect.signature(base.forward).parameters,
         "its attention cannot be replaced": not base._supports_attention_backend,
         f"model.attn_implementation is {config.attn_implementation}": config.attn_implementation

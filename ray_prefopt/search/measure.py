@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ray_prefopt.config import TrainConfig
+from ray_prefopt.config import TrainConfig, eval_prefix
 from ray_prefopt.errors import ConfigError, suggest
 from ray_prefopt.search_config import SearchConfig
 from ray_prefopt.training.metrics import METRICS
@@ -53,7 +53,7 @@ class Measure:
 
 def check_metric(config: TrainConfig, search: SearchConfig, varied: set[str]) -> tuple[str, str]:
     """The metric that is asked for, and the prefix of its evaluation set. Raises ConfigError when it cannot rank."""
-    sets = {f"eval_{name}_" if name else "eval_": name for name in config.data.eval_sets}
+    sets = {eval_prefix(name): name for name in config.data.eval_sets}
     if not sets:
         raise ConfigError(
             "trials are compared on held-out pairs: got no data.eval; set it to pairs that are not trained on"

@@ -24,7 +24,7 @@ from ray.tune.search import BasicVariantGenerator
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from ray_prefopt.config import TrainConfig
+from ray_prefopt.config import TrainConfig, eval_prefix
 from ray_prefopt.errors import ConfigError, ResourceError, TrainingError
 from ray_prefopt.search.measure import check_metric, make_measure
 from ray_prefopt.search.points import Generator, Points, first_points, number_of_points, trial_name
@@ -242,7 +242,7 @@ def _prepare(space: Space, prefix: str) -> int:
     pairs = 0
     for config in space.data_variants():
         _, *eval_sets = prepare_data(config)
-        names = [f"eval_{name}_" if name else "eval_" for name in config.data.eval_sets]
+        names = [eval_prefix(name) for name in config.data.eval_sets]
         pairs = max(pairs, eval_sets[names.index(prefix)]["counts"]["pairs"])
     return pairs
 

@@ -18,7 +18,7 @@ from ray_prefopt.model.forward import Batch
 from ray_prefopt.training import ranks
 from ray_prefopt.training.step import StepInput
 
-Pack = Callable[[list[TokenizedPair], float], Batch]
+MakeBatch = Callable[[list[TokenizedPair], float], Batch]
 """A micro-batch of pairs that all have this weight."""
 UNIT = 1 << 20
 """Work of a token in the layers of a model; there is less of it for a token that another one attends to."""
@@ -93,7 +93,7 @@ class Batching:
         return max(found)
 
 
-def longest(blocks: Blocks, costs: Costs) -> int:
+def longest_pair(blocks: Blocks, costs: Costs) -> int:
     """Tokens of the longest pair by itself."""
     return int(costs.of(blocks.lengths.take(blocks.total_lengths.argmax(0, keepdims=True))).tokens[0])
 
@@ -115,20 +115,20 @@ def eval_batching(blocks: Blocks, config: TrainConfig, costs: Costs) -> Batching
 
 
 def step_inputs(
-    plan: Plan, batching: Batching, reader: PairReader, start: int, pack: Pack
+    plan: Plan, batching: Batching, reader: PairReader, start: int, make_batch: MakeBatch
 ) -> Iterator[StepInput]:
     """This rank's inputs of every step from `start` to the end of the plan."""
     chosen_lengths = batching.blocks.chosen_lengths
     for step in range(start, plan.total_steps):
         ids = plan.step_ids(step)
         micro_ids, filler = batching.micro_ids(ids), batching.shortest(ids)
-        batches = [_batch(reader, micro, filler, pack) for micro in micro_ids]
+        batches = [_batch(reader, micro, filler, make_batch) for micro in micro_ids]
         yield StepInput(step, StepTotals(len(ids), int(chosen_lengths[ids].sum())), batches, micro_ids)
 
 
-def _batch(reader: PairReader, ids: Ids, filler: Ids, pack: Pack) -> Batch:
+def _batch(reader: PairReader, ids: Ids, filler: Ids, make_batch: MakeBatch) -> Batch:
     """The pairs with these ids; `filler` with weight 0 when there are none, so that ranks stay in step."""
-    return pack(reader.read(ids if len(ids) else filler), 1.0 if len(ids) else 0.0)
+    return make_batch(reader.read(ids if len(ids) else filler), 1.0 if len(ids) else 0.0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EvalSet:
     """Held-out pairs, dealt out to the ranks; every pair exactly once."""
 
     batching: Batching
-    pack: Pack
+    make_batch: MakeBatch
 
     @property
     def blocks(self) -> Blocks:
@@ -153,4 +153,4 @@ class EvalSet:
     def batches(self) -> Iterator[Batch]:
         reader, filler = PairReader(self.blocks), self.batching.shortest(np.arange(self.blocks.num_pairs))
         for micro in self.micro_ids():
-            yield _batch(reader, micro, filler, self.pack)
+            yield _batch(reader, micro, filler, self.make_batch)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ray_prefopt.config import RunConfig, TrainConfig
+from ray_prefopt.config import RunConfig, TrainConfig, eval_prefix
 from ray_prefopt.data.blocks import Blocks
 from ray_prefopt.data.plan import Order, Plan
 from ray_prefopt.errors import ConfigError, suggest
@@ -57,7 +57,7 @@ def best_metric(run: RunConfig, sets: Iterable[str], *, is_open: bool = False) -
     Raises ConfigError when no evaluation set, of which these are the names, has it; `is_open` when there may be metrics
     of the user's own.
     """
-    prefixes = [f"eval_{name}_" if name else "eval_" for name in sets]
+    prefixes = [eval_prefix(name) for name in sets]
     if run.best_metric is None:
         return f"{prefixes[0]}rewards/accuracies" if prefixes else None
     known = [prefix + metric for prefix in prefixes for metric in METRICS]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
-from ray_prefopt.config import TrainConfig
+from ray_prefopt.config import TrainConfig, eval_prefix
 from ray_prefopt.data.balance import Costs
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.collate import collate, pack
@@ -40,7 +40,7 @@ from ray_prefopt.model.tokenizer import load_tokenizer
 from ray_prefopt.training import ranks
 from ray_prefopt.training.batches import (
     EvalSet,
-    Pack,
+    MakeBatch,
     batching_of,
     costs_of,
     eval_batching,
@@ -167,8 +167,8 @@ class _Training:
 
     def _steps(self) -> None:
         reader = PairReader(self._blocks, max_pairs=self._job.config.data.shuffle_window)
-        packing = _packing(self._job, self._engine, self._scorer)
-        inputs = step_inputs(self._plan, self._batching, reader, self._state.step, packing)
+        make_batch = _batch_maker(self._job, self._engine, self._scorer)
+        inputs = step_inputs(self._plan, self._batching, reader, self._state.step, make_batch)
         with closing(Prefetched(inputs)) as prefetched:
             for inputs_of_step in prefetched:
                 self._step(inputs_of_step, prefetched)
@@ -338,12 +338,12 @@ def _costs(engine: Engine, scorer: Scorer) -> Costs:
     return costs_of(architecture, layout_of(architecture, is_packed=ranks.broadcast(scorer.is_packed)))
 
 
-def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
+def _batch_maker(job: Job, engine: Engine, scorer: Scorer) -> MakeBatch:
     """Micro-batches as the model reads them."""
     architecture: Any = engine.module.config
     start, repack = decoder_start_id(architecture), job.hooks.repack
 
-    def packing(pairs: list[TokenizedPair], weight: float) -> Batch:
+    def make_batch(pairs: list[TokenizedPair], weight: float) -> Batch:
         pairs = pairs if repack is None else repack(pairs)
         batch: Batch
         if scorer.is_packed:
@@ -352,13 +352,13 @@ def _packing(job: Job, engine: Engine, scorer: Scorer) -> Pack:
             batch = collate(pairs, pad_id=job.pad_id, decoder_start_id=start, weight=weight)
         return batch.pinned() if engine.device.type == "cuda" else batch
 
-    return packing
+    return make_batch
 
 
 def _eval_sets(job: Job, engine: Engine, scorer: Scorer, costs: Costs) -> dict[str, EvalSet]:
-    packing = _packing(job, engine, scorer)
+    make_batch = _batch_maker(job, engine, scorer)
     return {
-        name: EvalSet(eval_batching(open_blocks(folder), job.config, costs), packing)
+        name: EvalSet(eval_batching(open_blocks(folder), job.config, costs), make_batch)
         for name, folder in job.eval_blocks.items()
     }
 
@@ -369,7 +369,6 @@ def _evaluate_all(
     record: Record = {}
     predictions = {}
     for name, held_out in sets.items():
-        prefix = f"eval_{name}_" if name else "eval_"
         kept = (
             Predictions(job.hooks, job.config.loss, held_out.micro_ids())
             if job.hooks.wants_predictions
@@ -381,7 +380,9 @@ def _evaluate_all(
         if kept:
             predictions[name] = kept.gathered()
             values |= computed(job.hooks, predictions[name])
-        record |= {prefix + metric.removeprefix("eval_"): value for metric, value in values.items()}
+        record |= {
+            eval_prefix(name) + metric.removeprefix("eval_"): value for metric, value in values.items()
+        }
     return Evaluation(record, predictions if job.hooks.keep_predictions else {})
 
 

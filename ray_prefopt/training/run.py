@@ -21,7 +21,7 @@ from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
-from ray_prefopt.training.batches import Batching, batching_of, longest
+from ray_prefopt.training.batches import Batching, batching_of, longest_pair
 from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
     Checkpoint,
@@ -146,7 +146,7 @@ def _with_half_the_micro_batch(
         is_single, half = run.micro_batch == 1, {"micro_batch": max(run.micro_batch // 2, 1)}
     else:
         costs = Outline.of(config, architecture).costs
-        is_single, half = tokens <= longest(blocks, costs), {"micro_batch_tokens": tokens // 2}
+        is_single, half = tokens <= longest_pair(blocks, costs), {"micro_batch_tokens": tokens // 2}
     if is_single and run.eval_micro_batch in (None, 1):
         pair = "too" if tokens is None else "too, which the longest pair has by itself"
         raise OutOfMemoryError(

@@ -12,7 +12,7 @@ from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals
-from ray_prefopt.model.forward import Batch, Scorer, keeps_logits
+from ray_prefopt.model.forward import Batch, Scorer
 from ray_prefopt.training import ranks
 from ray_prefopt.training.metrics import MetricSums
 
@@ -35,15 +35,14 @@ def train_step(
     metrics: MetricSums,
     notify: Callable[[str], None] = lambda _: None,
     *,
-    scorer: Scorer | None = None,
+    scorer: Scorer,
 ) -> float:
     """Forward and backward over the micro-batches, then one update; returns the gradient norm before clipping.
 
     `notify` hears of `on_substep_end`, `on_pre_optimizer_step` and `on_optimizer_step`, as callbacks name them.
-    `scorer` is the engine's; it takes padded pairs when not given. Raises NonFiniteError on every rank, before anything
+    `scorer` is the engine's. Raises NonFiniteError on every rank, before anything
     moved, with the pairs of the first bad micro-batch.
     """
-    scorer = scorer or _padded(engine)
     losses: list[torch.Tensor] = []
     for batch in inputs.micro_batches:
         if losses:
@@ -100,13 +99,12 @@ def evaluate(
     totals: StepTotals,
     each: Callable[[PairLogps, Batch], None] | None = None,
     *,
-    scorer: Scorer | None = None,
+    scorer: Scorer,
 ) -> dict[str, float]:
     """Means over a whole evaluation set, exact: sums and counts over ranks, nothing dropped or counted twice.
 
-    `each` gets the log-probabilities of every micro-batch; `scorer` is as in `train_step`.
+    `each` gets the log-probabilities of every micro-batch; `scorer` is the engine's.
     """
-    scorer = scorer or _padded(engine)
     metrics = MetricSums()
     engine.module.eval()
     for batch in batches:
@@ -119,7 +117,3 @@ def evaluate(
     engine.module.train()
     metrics.end_step()
     return metrics.reduce()
-
-
-def _padded(engine: Engine) -> Scorer:
-    return Scorer(engine.forward, keep_logits=keeps_logits(engine.module))

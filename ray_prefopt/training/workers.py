@@ -78,12 +78,12 @@ def run_training(job: "Job", log: Any) -> None:
     Raises ResourceError when the cluster has no room for them, the run's own error when it had one, and
     TrainingError with the words of the first rank that failed otherwise.
     """
-    _fit("train", job, log)
+    _run_workers("train", job, log)
 
 
 def run_evaluation(job: "Job", log: Any) -> None:
     """`on_worker.evaluate` on all workers; the log gets what it found. Raises as `run_training`."""
-    _fit("evaluate", job, log)
+    _run_workers("evaluate", job, log)
 
 
 def _work(given: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def _work(given: dict[str, Any]) -> None:
     getattr(on_worker, given["work"])(ray.get(given["job"]), given["log"])
 
 
-def _fit(work: str, job: "Job", log: Any) -> None:
+def _run_workers(work: str, job: "Job", log: Any) -> None:
     run = job.config.run
     wait_for_room(run)
     number: Any = (run.min_workers, run.max_workers) if run.is_elastic else run.max_workers
@@ -121,7 +121,7 @@ def _fit(work: str, job: "Job", log: Any) -> None:
     )
     failure: TrainingFailedError | None = None
     try:
-        _run(trainer, log)
+        _fit(trainer, log)
     except TrainingFailedError as error:
         failure = error
     fatal = ray.get(log.fatal.remote())
@@ -131,7 +131,7 @@ def _fit(work: str, job: "Job", log: Any) -> None:
         raise TrainingError(_first_failure(failure)) from failure
 
 
-def _run(trainer: Trainer, log: Any) -> None:
+def _fit(trainer: Trainer, log: Any) -> None:
     """`trainer.fit()`, which Ctrl-C ends with its workers.
 
     In a thread, where Ray leaves signals alone: its own handler waits for the controller, which hears nothing while it

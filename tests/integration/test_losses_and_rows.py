@@ -65,7 +65,7 @@ def blocks(model_folder: str, tmp_path_factory: pytest.TempPathFactory, ray_loca
     for form, rows in FORMS.items():
         trainer = CPOTrainer(model_folder, CPOConfig(output_dir=str(storage), **SMALL))
         source = pairs_source(Dataset.from_list(rows), storage / "rows")
-        config = trainer._translated(data={"train": source})
+        config = trainer._translate(data={"train": source})
         folders[form] = prepare(config.data, config.model, config.data.train_sources, str(storage)).folder
     return folders
 

@@ -21,7 +21,7 @@ from ray_prefopt.data.collate import collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.losses.logps import PairLogps, token_logps
 from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import can_restrict_logits, pair_logps
 from ray_prefopt.training.metrics import means
 from tests.tiny import tiny_model
 
@@ -183,7 +183,7 @@ def test_log_probabilities_and_nll_equal_concatenated_forward(kind: str, loss_ty
     trainer = Trl(loss_type, beta=1, cpo_alpha=1).trainer(model)
     with torch.no_grad():
         chosen, rejected, _, _, nll, *aux = trainer.concatenated_forward(model, trl_batch(pairs))
-        logps = pair_logps(model, collate(pairs, pad_id=PAD), keep_logits=keeps_logits(model))
+        logps = pair_logps(model, collate(pairs, pad_id=PAD), restrict_logits=can_restrict_logits(model))
     ours = (
         (logps.chosen_mean, logps.rejected_mean) if loss_type == "simpo" else (logps.chosen, logps.rejected)
     )
@@ -217,7 +217,7 @@ def test_loss_gradient_and_metrics_of_a_micro_batch_equal_trl(kind: str, name: s
     batch = collate(pairs, pad_id=PAD)
     objective = Objective(arguments.ours(), aux_loss_coef=trainer.aux_loss_coef)
     totals = StepTotals(len(pairs), sum(len(pair.chosen) - pair.chosen_start for pair in pairs))
-    logps = pair_logps(model, batch, keep_logits=keeps_logits(model))
+    logps = pair_logps(model, batch, restrict_logits=can_restrict_logits(model))
     loss = objective.loss(logps, batch.weights_B, totals)
     sums = objective.sums(logps, batch.weights_B, loss)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)

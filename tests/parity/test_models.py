@@ -14,7 +14,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.losses.objective import Objective, StepTotals
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import can_restrict_logits, pair_logps
 from ray_prefopt.model.load import load_model
 from ray_prefopt.training.export import export
 from ray_prefopt.training.metrics import means
@@ -86,7 +86,7 @@ def test_a_micro_batch_equals_trl(kind: str, folders: Any) -> None:
     model = ours(folders(kind))
     coefficient = getattr(model.config, "router_aux_loss_coef", 0.0)
     assert coefficient == trainer.aux_loss_coef
-    logps = pair_logps(model, collate(pairs, pad_id=PAD), keep_logits=keeps_logits(model))
+    logps = pair_logps(model, collate(pairs, pad_id=PAD), restrict_logits=can_restrict_logits(model))
     totals = StepTotals(len(pairs), sum(len(pair.chosen) - pair.chosen_start for pair in pairs))
     objective = Objective(LOSS.ours(), aux_loss_coef=coefficient)
     loss = objective.loss(logps, torch.ones(len(pairs)), totals)

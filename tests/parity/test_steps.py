@@ -16,6 +16,7 @@ from ray_prefopt.data.collate import collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.losses.objective import Objective, StepTotals
+from ray_prefopt.model.forward import Scorer
 from ray_prefopt.model.load import load_model
 from ray_prefopt.training.metrics import MetricSums
 from ray_prefopt.training.step import StepInput, train_step
@@ -157,7 +158,7 @@ def trained_by_us(
         chosen_tokens = sum(len(pairs[i].chosen) - pairs[i].chosen_start for i in ids)
         inputs = StepInput(step, StepTotals(len(ids), chosen_tokens), batches, micro_ids)
         rate = engine.learning_rate()
-        norm = train_step(engine, inputs, objective, metrics)
+        norm = train_step(engine, inputs, objective, metrics, scorer=Scorer(engine.forward))
         records.append({**metrics.reduce(), "grad_norm": norm, "learning_rate": rate})
     return model, records
 

@@ -16,7 +16,7 @@ from ray_prefopt.data.collate import PairBatch, collate
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.losses import logps as logps_module
 from ray_prefopt.losses.logps import PairLogps
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import can_restrict_logits, pair_logps
 from ray_prefopt.model.load import decoder_start_id
 from tests.tiny import tiny_config, tiny_model
 
@@ -107,7 +107,7 @@ def assert_equal(found: PairLogps, expected: dict[str, Tensor]) -> None:
 def test_log_probabilities_equal_those_of_each_sequence(kind: str) -> None:
     model, pairs = model_of(kind), pairs_of(5)
     with torch.no_grad():
-        found = pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
+        found = pair_logps(model, batch_of(model, pairs), restrict_logits=can_restrict_logits(model))
         assert_equal(found, by_themselves(model, pairs))
     assert found.chosen.dtype == torch.float32
     torch.testing.assert_close(found.chosen_mean, found.chosen / found.chosen_len)
@@ -138,7 +138,7 @@ def test_gradients_equal_those_of_each_sequence(kind: str) -> None:
         objective = (chosen @ torch.tensor([1.0, -2.0, 0.5]) + rejected @ torch.tensor([0.5, 1.0, -1.0])) / 10
         return list(torch.autograd.grad(objective, list(model.parameters())))
 
-    found = pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
+    found = pair_logps(model, batch_of(model, pairs), restrict_logits=can_restrict_logits(model))
     expected = by_themselves(model, pairs)
     torch.testing.assert_close(
         gradient(found.chosen, found.rejected),
@@ -168,7 +168,7 @@ def test_neither_padding_nor_neighbours_matter() -> None:
 def test_a_head_that_cannot_be_restricted_gives_the_same(kind: str) -> None:
     model, batch = model_of(kind), collate(pairs_of(4), pad_id=PAD)
     with torch.no_grad():
-        kept, whole = (pair_logps(model, batch, keep_logits=keep) for keep in (True, False))
+        kept, whole = (pair_logps(model, batch, restrict_logits=keep) for keep in (True, False))
     for name in ("chosen", "rejected", "chosen_len", "rejected_len", "chosen_logits", "rejected_logits"):
         torch.testing.assert_close(getattr(whole, name), getattr(kept, name), rtol=1e-6, atol=1e-6)
 
@@ -182,7 +182,7 @@ def test_only_scored_positions_reach_the_head(kind: str) -> None:
         head = model.get_output_embeddings()
     shapes: list[torch.Size] = []
     hook = head.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
-    pair_logps(model, batch_of(model, pairs), keep_logits=keeps_logits(model))
+    pair_logps(model, batch_of(model, pairs), restrict_logits=can_restrict_logits(model))
     hook.remove()
     scored = sum(
         len(pair.chosen) - pair.chosen_start + len(pair.rejected) - pair.rejected_start for pair in pairs
@@ -191,15 +191,15 @@ def test_only_scored_positions_reach_the_head(kind: str) -> None:
 
 
 def test_which_models_restrict_their_head() -> None:
-    assert keeps_logits(model_of("qwen2"))
+    assert can_restrict_logits(model_of("qwen2"))
     for kind in ENCODER_DECODERS:
-        assert keeps_logits(model_of(kind)) == (kind == "t5gemma")
+        assert can_restrict_logits(model_of(kind)) == (kind == "t5gemma")
 
     class Old(nn.Module):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
             """An older forward."""
 
-    assert not keeps_logits(Old())
+    assert not can_restrict_logits(Old())
     assert "logits_to_keep" not in inspect.signature(Old().forward).parameters
 
 
@@ -226,7 +226,7 @@ def test_the_model_is_told_what_it_needs_and_nothing_else() -> None:
     assert told["logits_to_keep"] is batch.predicts_RD
     assert found.aux_loss == 7.0
     torch.testing.assert_close(found.chosen_mean, torch.full((2,), -np.log(8.0), dtype=torch.float32))
-    pair_logps(forward_all, batch, keep_logits=False)
+    pair_logps(forward_all, batch, restrict_logits=False)
     assert told.keys() == {"input_ids", "attention_mask", "use_cache"}
 
 

@@ -10,7 +10,7 @@ from torch._dynamo import register_backend
 
 from ray_prefopt.config import ModelConfig
 from ray_prefopt.data.collate import collate
-from ray_prefopt.model.forward import keeps_logits, pair_logps
+from ray_prefopt.model.forward import can_restrict_logits, pair_logps
 from ray_prefopt.model.load import load_model
 from tests.tiny import random_pairs, tiny_config
 
@@ -79,7 +79,7 @@ def test_a_compiled_model_computes_the_same(lora: dict[str, Any] | None) -> None
     plain, fast = built(lora=lora), built(lora=lora, compile={"backend": "noted", "mode": "max-autotune"})
     assert fast.state_dict().keys() == plain.state_dict().keys()
     assert type(fast) is type(plain)
-    assert keeps_logits(fast)
+    assert can_restrict_logits(fast)
     expected = pair_logps(plain, batch)
     assert not COMPILED
     found = pair_logps(fast, batch)

@@ -24,7 +24,7 @@ from ray_prefopt.data.plan import Order, Plan
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine import memory
 from ray_prefopt.engine.memory import ModelSize, activation_bytes, estimate, layer_bytes
-from ray_prefopt.training.batches import Batching, longest
+from ray_prefopt.training.batches import Batching, longest_pair
 from ray_prefopt.training.describe import describe
 from ray_prefopt.training.footprint import Footprint, Outline, Peak, footprint
 from tests.benchmarks.memory import CASES, MIB, Case, Measured, expected, row
@@ -277,7 +277,7 @@ def test_without_tokens_of_all_steps_the_longest_pair_counts(tmp_path: Path) -> 
     plan = Plan(Order((1000,), seed=0), blocks.total_lengths, global_batch=2)
     batching = Batching(blocks, Costs(), Limit(1))
     assert batching.largest(plan, 1) == (76, 76)
-    assert longest(blocks, Costs("padded")) == 80
+    assert longest_pair(blocks, Costs("padded")) == 80
     assert batching.shortest(np.array([777, 5])).tolist() == [5]
 
 

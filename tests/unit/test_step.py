@@ -13,7 +13,7 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.engine.plain import PlainEngine
 from ray_prefopt.errors import NonFiniteError
 from ray_prefopt.losses.objective import Objective, StepTotals
-from ray_prefopt.model.forward import pair_logps
+from ray_prefopt.model.forward import Scorer, can_restrict_logits, pair_logps
 from ray_prefopt.training.metrics import MetricSums
 from ray_prefopt.training.step import REMEDY, StepInput, evaluate, train_step
 from tests.tiny import random_pairs, tiny_model
@@ -23,6 +23,11 @@ LOSS = CPOSimPOLoss(cpo_alpha=0.5)
 OBJECTIVE = Objective(LOSS)
 GRADIENT = {"name": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 """Options of an optimizer that moves weights by their gradient."""
+
+
+def scorer_of(engine: PlainEngine) -> Scorer:
+    """Of padded pairs."""
+    return Scorer(engine.forward, restrict_logits=can_restrict_logits(engine.module))
 
 
 def engine_of(
@@ -62,7 +67,7 @@ def run_step(
 ) -> tuple[dict[str, Tensor], float, dict[str, float]]:
     """Weights that moved by the gradient itself, its norm, and the metrics."""
     engine, metrics = engine_of(**GRADIENT), MetricSums()
-    norm = train_step(engine, inputs, objective, metrics)
+    norm = train_step(engine, inputs, objective, metrics, scorer=scorer_of(engine))
     return weights_of(engine), norm, metrics.reduce()
 
 
@@ -85,7 +90,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_pairs() -> None:
     engine = engine_of(**GRADIENT)
     start = weights_of(engine)
     metrics = MetricSums()
-    norm = train_step(engine, inputs_of(pairs, 2), OBJECTIVE, metrics)
+    norm = train_step(engine, inputs_of(pairs, 2), OBJECTIVE, metrics, scorer=scorer_of(engine))
     for (name, weight), gradient in zip(engine.module.named_parameters(), expected, strict=True):
         torch.testing.assert_close(start[name] - weight.detach(), gradient, rtol=1e-4, atol=1e-6)
     total = torch.stack([gradient.square().sum() for gradient in expected]).sum().sqrt()
@@ -119,7 +124,7 @@ def test_training_lowers_the_loss() -> None:
     engine, metrics, inputs = engine_of(), MetricSums(), inputs_of(random_pairs(4), 2)
     losses = []
     for _ in range(5):
-        train_step(engine, inputs, OBJECTIVE, metrics)
+        train_step(engine, inputs, OBJECTIVE, metrics, scorer=scorer_of(engine))
         losses.append(metrics.reduce()["loss"])
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
@@ -152,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_named_before_anything_moves(value: float, 
     engine, metrics = engine_of(poisoned(511, value), dtype), MetricSums()
     start = weights_of(engine)
     with pytest.raises(NonFiniteError) as caught:
-        train_step(engine, inputs_of(pairs, 2, step=6), OBJECTIVE, metrics)
+        train_step(engine, inputs_of(pairs, 2, step=6), OBJECTIVE, metrics, scorer=scorer_of(engine))
     assert str(caught.value) == (
         "step 7, rank 0: the loss of micro-batch 2 is nan, pair ids [104, 105]; nothing was updated. "
         + REMEDY
@@ -170,7 +175,13 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     engine = engine_of()
     start = weights_of(engine)
     with pytest.raises(NonFiniteError) as caught:
-        train_step(engine, inputs_of(random_pairs(2), 1, step=2), RootOfZero(LOSS), MetricSums())
+        train_step(
+            engine,
+            inputs_of(random_pairs(2), 1, step=2),
+            RootOfZero(LOSS),
+            MetricSums(),
+            scorer=scorer_of(engine),
+        )
     assert str(caught.value) == (
         "step 3: the gradient norm is nan, though every loss is finite; nothing was updated. " + REMEDY
     )
@@ -190,7 +201,9 @@ def test_an_evaluation_is_the_mean_over_all_pairs() -> None:
     engine = engine_of()
     start = weights_of(engine)
     filler = collate(pairs[:1], pad_id=PAD, weight=0.0)
-    found = evaluate(engine, [*batches_of(pairs, 2), filler], objective, totals_of(pairs))
+    found = evaluate(
+        engine, [*batches_of(pairs, 2), filler], objective, totals_of(pairs), scorer=scorer_of(engine)
+    )
 
     with torch.no_grad():
         singles = [pair_logps(engine.module, collate([pair], pad_id=PAD)) for pair in pairs]
@@ -212,6 +225,9 @@ def test_an_evaluation_is_the_mean_over_all_pairs() -> None:
 def test_dropout_is_off_while_evaluating() -> None:
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     engine, pairs = engine_of(model), random_pairs(3)
-    one, two = (evaluate(engine, batches_of(pairs, 2), OBJECTIVE, totals_of(pairs)) for _ in range(2))
+    one, two = (
+        evaluate(engine, batches_of(pairs, 2), OBJECTIVE, totals_of(pairs), scorer=scorer_of(engine))
+        for _ in range(2)
+    )
     assert one == two
     assert all(module.training for module in model.modules())

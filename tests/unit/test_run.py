@@ -1,0 +1,51 @@
+"""What a driver finds out by itself: from where a run begins, and what a command would do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.errors import CheckpointError
+from ray_prefopt.training import footprint
+from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
+from ray_prefopt.training.describe import describe
+from ray_prefopt.training.run import _check_start
+from tests.tiny import save_tiny_model
+
+
+def config_of(folder: Path, **run: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "model": {"path": str(folder / "model")},
+            "data": {"train": []},
+            "run": {"name": "run", "storage_path": str(folder), **run},
+        }
+    )
+
+
+def test_another_runs_checkpoint_is_needed_in_the_beginning_alone(tmp_path: Path) -> None:
+    """It may be gone by the time that the run has checkpoints of its own."""
+    config, folder = config_of(tmp_path, resume_from=str(tmp_path / "gone")), str(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="gone: no checkpoint here"):
+        _check_start(config, folder)
+    save_checkpoint(lambda _: None, LoopState(1), f"{folder}/checkpoints", extra={}, retained=1)
+    _check_start(config, folder)
+    with pytest.raises(CheckpointError, match="gone: no checkpoint here"):
+        _check_start(config_of(tmp_path, resume_from=str(tmp_path / "gone"), force_new=True), folder)
+
+
+def test_a_model_that_cannot_be_outlined_is_described_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(tmp_path / "model")
+    config = config_of(tmp_path)
+    assert describe(config)["model"]["parameters"] > 0
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("it has to see its weights")
+
+    monkeypatch.setattr(footprint, "model_class", fail)
+    plan = describe(config)
+    assert plan["model"]["parameters"] == "known when it is loaded"
+    assert "memory" not in plan["workers"]
