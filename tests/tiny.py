@@ -29,10 +29,10 @@ from ray_prefopt.data.blocks import (
     encode,
     encode_block,
     file_entry,
-    write_file,
     write_manifest,
 )
 from ray_prefopt.data.tokenization import TokenizedPair
+from ray_prefopt.storage import write_file
 
 CORPUS = [
     "The sky is blue. The sky is black. The grass is green, and the sun is in the sky.",

@@ -7,7 +7,6 @@ it is written last and in one piece, so blocks are either whole or not there. St
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import DataError, ResourceError
+from ray_prefopt.storage import write_file
 
 FORMAT = 1
 """Version of this layout; part of the fingerprint, so that another layout is another folder."""
@@ -247,7 +246,7 @@ def encode(table: pa.Table) -> bytes:
 
 
 def write(folder: str, name: str, data: bytes) -> None:
-    """write_file in a folder of blocks. Raises ResourceError when the storage refuses."""
+    """A file in a folder of blocks. Raises ResourceError when the storage refuses."""
     fs, path = url_to_fs(folder)
     try:
         write_file(fs, f"{path}/{name}", data)
@@ -256,29 +255,6 @@ def write(folder: str, name: str, data: bytes) -> None:
             f"{folder}/{name} cannot be written ({error}): free some space or allow the access, or set "
             "run.storage_path to another place"
         ) from error
-
-
-def write_file(fs: AbstractFileSystem, path: str, data: bytes) -> None:
-    """Write a file in one piece: it is there whole, or not at all. Raises OSError."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)  # one PUT
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(os.path.dirname(path))
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def file_entry(name: str, rows: int, data: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ray_prefopt.search.figures import all_figures
 from ray_prefopt.search.findings import Findings, position, read_findings
 from ray_prefopt.search.picture import draw_picture
 from ray_prefopt.search.space import show
-from ray_prefopt.training.checkpoint import write_text
+from ray_prefopt.storage import write_text
 
 NAME, PICTURE = "report.html", "report.png"
 EDGE = 0.03

@@ -19,7 +19,7 @@ from ray_prefopt.errors import PrefoptError, TrainingError
 from ray_prefopt.search.measure import Measure
 from ray_prefopt.search.space import Point, show
 from ray_prefopt.search_config import SearchConfig
-from ray_prefopt.training.checkpoint import write_text
+from ray_prefopt.storage import write_text
 
 TRIALS, RESULTS = "trials.json", "results.csv"
 

@@ -10,7 +10,7 @@ from fsspec.core import url_to_fs
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.search.space import Point, show
-from ray_prefopt.training.checkpoint import write_text
+from ray_prefopt.storage import write_text
 from ray_prefopt.training.trackers import IDS, environment
 
 

@@ -36,10 +36,10 @@ from ray_prefopt.search.tracking import end_search, trial_environment
 from ray_prefopt.search.trial import PAUSING, Task, Trial
 from ray_prefopt.search_config import SearchConfig, TuneConfig
 from ray_prefopt.settings import dump_yaml
-from ray_prefopt.training.checkpoint import write_text
+from ray_prefopt.storage import move_aside, write_text
 from ray_prefopt.training.describe import describe
 from ray_prefopt.training.export import export
-from ray_prefopt.training.folder import MAY_CHANGE, resolved
+from ray_prefopt.training.folder import MAY_CHANGE, differences, resolved
 from ray_prefopt.training.hooks import Hooks
 from ray_prefopt.training.room import asked, asking_for_nodes
 from ray_prefopt.training.run import NO_HOOKS, prepare_data
@@ -48,7 +48,10 @@ from ray_prefopt.training.workers import start_ray
 CONFIG, BEST, STUDY, SUMMARY = "search.yaml", "best_config.yaml", "study.db", "summary.json"
 JOINING_S = 20.0
 """Longest wait for nodes to join a cluster that is too small for a trial, unless run.resource_timeout_s is set."""
-MAY_CHANGE_IN_SEARCH = {"trials", "max_concurrent", "max_hours", "max_worker_hours", "plateau", "min_gain"}
+MAY_CHANGE_IN_SEARCH = {
+    f"search.{name}"
+    for name in ("trials", "max_concurrent", "max_hours", "max_worker_hours", "plateau", "min_gain")
+}
 """Fields of `search` that a resumed search may have otherwise."""
 HEAD_SHARE = 0.9
 """Of the head node's own resource; Ray Train takes a little of it for each run."""
@@ -178,14 +181,15 @@ def _claim(folder: str, config: TrainConfig, search: SearchConfig, *, resume: bo
     body = json.loads(whole.model_dump_json())
     if fs.exists(f"{path}/search.json"):
         if resume:
-            differing = _differences(json.loads(fs.cat_file(f"{path}/search.json")), body)
+            may_change = {f"run.{name}" for name in MAY_CHANGE} | MAY_CHANGE_IN_SEARCH
+            differing = differences(json.loads(fs.cat_file(f"{path}/search.json")), body, may_change)
             if differing:
                 raise ConfigError(
                     f"search {config.run.name!r} in {folder} was begun otherwise: {'; '.join(differing)}. "
                     "Use its values to resume it, or another run.name"
                 )
         elif config.run.force_new:
-            fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
+            move_aside(fs, path)
         else:
             raise ConfigError(
                 f"search {config.run.name!r} is in {folder} already: --resume goes on with it, run.force_new moves it "
@@ -194,16 +198,6 @@ def _claim(folder: str, config: TrainConfig, search: SearchConfig, *, resume: bo
     fs.makedirs(path, exist_ok=True)
     write_text(fs, f"{path}/search.json", json.dumps(body, indent=1))
     write_text(fs, f"{path}/{CONFIG}", dump_yaml(whole))
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    free = {("run", name) for name in MAY_CHANGE} | {("search", name) for name in MAY_CHANGE_IN_SEARCH}
-    return [
-        f"{section}.{name}: {old[section].get(name)} -> {new[section].get(name)}"
-        for section in new
-        for name in sorted(old[section].keys() | new[section].keys())
-        if (section, name) not in free and old[section].get(name) != new[section].get(name)
-    ]
 
 
 def _slots(config: TrainConfig, search: SearchConfig) -> int:

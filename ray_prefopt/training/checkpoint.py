@@ -24,6 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from ray_prefopt.errors import CheckpointError
+from ray_prefopt.storage import write_text
 from ray_prefopt.training import ranks
 
 MANIFEST = "MANIFEST.json"
@@ -194,35 +195,17 @@ def _self_hash(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
 
 
-def write_text(fs: fsspec.AbstractFileSystem, path: str, text: str) -> None:
-    """Write a file so that a reader finds the old one or the whole new one, never a part."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, text.encode())  # object stores put whole objects
-        return
-    temporary = f"{path}.tmp"
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _retain(fs: fsspec.AbstractFileSystem, root: str, retained: int, saved: Checkpoint) -> None:
-    """Delete what killed ranks left unfinished, and all but the newest and the best checkpoints; and another one of the
-    step that is `saved`, which was passed over as torn.
+    """Delete what killed ranks left unfinished, another checkpoint of the step that is `saved`, which was passed over
+    as torn, and all but the newest and the best ones.
 
     Manifests go first, so that no checkpoint is ever half there.
     """
     committed, state = _folders(fs, root), saved.state
     keep = {step for step, _ in committed[-retained:]} | {state.step, state.best_step}
     for step, folder in committed:
-        is_old = step == state.step and not saved.path.endswith(folder.rsplit("/", 1)[-1])
-        if is_old or step not in keep:
+        is_other = step == state.step and not saved.path.endswith(folder.rsplit("/", 1)[-1])
+        if is_other or step not in keep:
             fs.rm_file(f"{folder}/{MANIFEST}")
             fs.rm(folder, recursive=True)
     for _, folder in set(_named_folders(fs, root)) - set(committed):
@@ -389,7 +372,7 @@ def better(state: LoopState, value: float, by: str) -> LoopState:
 
     `by` says what it is of; the best one by something else is none.
     """
-    is_not = state.best_by == by and state.best_value is not None and value <= state.best_value
-    if is_not or math.isnan(value):
+    is_beaten = state.best_by == by and state.best_value is not None and value <= state.best_value
+    if is_beaten or math.isnan(value):
         return state
     return replace(state, best_value=value, best_step=state.step, best_by=by)

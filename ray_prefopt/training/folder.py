@@ -12,7 +12,8 @@ from fsspec.core import url_to_fs
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError
-from ray_prefopt.training.checkpoint import has_checkpoints, write_text
+from ray_prefopt.storage import move_aside, write_text
+from ray_prefopt.training.checkpoint import has_checkpoints
 from ray_prefopt.training.metrics import Record
 
 MAY_CHANGE = {
@@ -79,8 +80,8 @@ def run_folder(config: TrainConfig) -> str:
 def claim(config: TrainConfig, folder: str) -> None:
     """Make the run's folder, with its config in it; what is there is moved aside for run.force_new."""
     fs, path = url_to_fs(folder)
-    if config.run.force_new and fs.exists(path):
-        fs.mv(path, f"{path}.old-{datetime.now():%Y%m%d-%H%M%S}", recursive=True)
+    if config.run.force_new:
+        move_aside(fs, path)
     fs.makedirs(path, exist_ok=True)
     write_config(config, folder)
 
@@ -95,10 +96,10 @@ def refuse_other_config(config: TrainConfig, folder: str) -> None:
     if not has_checkpoints(f"{folder}/checkpoints"):
         return
     fs, path = url_to_fs(folder)
-    sizes = {"micro_batch", "micro_batch_tokens"}
-    may_change = MAY_CHANGE | (sizes if config.run.auto_find_batch_size else set())
+    sizes = {"micro_batch", "micro_batch_tokens"} if config.run.auto_find_batch_size else set()
+    may_change = {f"run.{name}" for name in MAY_CHANGE | sizes}
     old, new = json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")
-    differing = _differences(old, new, may_change)
+    differing = differences(old, new, may_change)
     if differing:
         raise ConfigError(
             f"run {config.run.name!r} in {folder} was begun with another config: {'; '.join(differing)}. "
@@ -106,18 +107,22 @@ def refuse_other_config(config: TrainConfig, folder: str) -> None:
         )
 
 
-def _differences(old: Any, new: Any, may_change: Set[str], prefix: str = "") -> list[str]:
-    """Dotted fields that differ, of those that must not, as `field: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [
-            name for name in sorted(old.keys() | new.keys()) if not (prefix == "run." and name in may_change)
-        ]
-        return [
-            line
-            for name in names
-            for line in _differences(old.get(name), new.get(name), may_change, f"{prefix}{name}.")
-        ]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+def differences(old: Any, new: Any, may_change: Set[str], field: str = "") -> list[str]:
+    """Dotted fields that differ, of those that must not, as `field: old -> new`.
+
+    >>> differences({"run": {"seed": 1, "name": "a"}}, {"run": {"seed": 2, "name": "b"}}, {"run.name"})
+    ['run.seed: 1 -> 2']
+    """
+    if field in may_change or old == new:
+        return []
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [f"{field}: {old} -> {new}"]
+    inside = {name: f"{field}.{name}" if field else name for name in sorted(old.keys() | new.keys())}
+    return [
+        line
+        for name, at in inside.items()
+        for line in differences(old.get(name), new.get(name), may_change, at)
+    ]
 
 
 def with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:

@@ -13,8 +13,9 @@ from fsspec.implementations.local import LocalFileSystem
 from rich.filesize import decimal
 
 from ray_prefopt.errors import PrefoptError
+from ray_prefopt.storage import write_text
 from ray_prefopt.training.board import Board
-from ray_prefopt.training.checkpoint import LoopState, write_text
+from ray_prefopt.training.checkpoint import LoopState
 from ray_prefopt.training.gauges import Gauges
 
 if TYPE_CHECKING:  # the actor of a run without them should not wait for transformers

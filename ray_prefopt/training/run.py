@@ -21,6 +21,7 @@ from ray_prefopt.engine.optimizer import check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
+from ray_prefopt.storage import write_text
 from ray_prefopt.training.batches import Batching, batching_of, longest_pair
 from ray_prefopt.training.callbacks import Returned
 from ray_prefopt.training.checkpoint import (
@@ -31,7 +32,6 @@ from ray_prefopt.training.checkpoint import (
     has_checkpoints,
     latest_checkpoint,
     open_checkpoint,
-    write_text,
 )
 from ray_prefopt.training.display import Display
 from ray_prefopt.training.export import export

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +26,11 @@ from ray_prefopt.data.blocks import (
     has_blocks,
     open_blocks,
     read_block,
-    write_file,
     write_manifest,
 )
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import DataError
+from ray_prefopt.storage import write_file
 
 PAIRS = [
     TokenizedPair(chosen=[1, 2, 3, 4], rejected=[1, 2, 9], chosen_start=2, rejected_start=2),
@@ -242,22 +241,6 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_any_text_may_be_in_a_manifest(tmp_path: Path) -> None:
     write_blocks(str(tmp_path), [PAIRS], counts={"detail": "\ud800 你好"})
     assert open_blocks(str(tmp_path)).manifest["counts"] == {"detail": "\ud800 你好"}
-
-
-# --- writing ---
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs = fsspec.filesystem("file")
-    write_file(fs, str(tmp_path / "a"), b"old")
-
-    def fail(*_: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_file(fs, str(tmp_path / "a"), b"new")
-    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_lengths_of_parts_are_joined_in_order() -> None:

@@ -29,7 +29,6 @@ from ray_prefopt.training.checkpoint import (
     made_once,
     open_checkpoint,
     save_checkpoint,
-    write_text,
 )
 
 
@@ -230,19 +229,6 @@ def test_a_step_that_is_done_again_has_one_checkpoint(tmp_path: Path) -> None:
     assert one.path != two.path
     assert sorted(os.listdir(tmp_path)) == sorted(Path(each.path).name for each in (first, two))
     assert latest_checkpoint(str(tmp_path)) == open_checkpoint(two.path) == two
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, path = fsspec.filesystem("file"), str(tmp_path / "a")
-    write_text(fs, path, "old")
-
-    def fail(*_: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(fs, path, "new")
-    assert Path(path).read_text() == "old"
 
 
 # --- retention ---
