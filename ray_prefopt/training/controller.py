@@ -12,6 +12,7 @@ import ray
 import ray._private.state
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -117,11 +118,16 @@ def _line(error: Any) -> str:
 
 
 class Trainer(TorchTrainer):
-    """Ray's trainer, whose workers change in number as AtCheckpoints says."""
+    """Ray's trainer, whose workers change in number as AtCheckpoints says, and which starts no process for nothing."""
 
     def __init__(self, *args: Any, run: RunConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._run = run
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without that for Ray Datasets, of which there are none: workers read blocks."""
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # Train v2 has it
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self._run.is_elastic:

@@ -8,7 +8,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT_S = 10.0
 STOP_S = 20.0
 """Longest wait for workers to be stopped in good order."""
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 logger = logging.getLogger(__name__)
 
 
@@ -121,7 +124,8 @@ def _run_workers(work: str, job: "Job", log: Any) -> None:
     )
     failure: TrainingFailedError | None = None
     try:
-        _fit(trainer, log)
+        with _watched_for_preemption():
+            _fit(trainer, log)
     except TrainingFailedError as error:
         failure = error
     fatal = ray.get(log.fatal.remote())
@@ -129,6 +133,21 @@ def _run_workers(work: str, job: "Job", log: Any) -> None:
         raise fatal
     if failure is not None:
         raise TrainingError(_first_failure(failure)) from failure
+
+
+@contextmanager
+def _watched_for_preemption() -> Iterator[None]:
+    """Ray asks every few seconds, in a process of its own, whether a node is about to be taken away. A node by itself
+    would take that process along, which does not start then, unless the driver's environment says so."""
+    is_alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    if not is_alone or WATCHER in os.environ:
+        yield
+        return
+    os.environ[WATCHER] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[WATCHER]
 
 
 def _fit(trainer: Trainer, log: Any) -> None:

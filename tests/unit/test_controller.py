@@ -1,5 +1,6 @@
 """What Ray Train's controller does for a run: what it tells of the workers, and when it changes their number."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,9 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError
 from ray.train import PreemptionInfo, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
@@ -15,9 +19,9 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
 from ray_prefopt.config import RunConfig
 from ray_prefopt.errors import ResourceError
-from ray_prefopt.training import controller, room
+from ray_prefopt.training import controller, room, workers
 from ray_prefopt.training.checkpoint import LoopState
-from ray_prefopt.training.controller import AtCheckpoints, Watch, cause
+from ray_prefopt.training.controller import AtCheckpoints, Trainer, Watch, cause
 from ray_prefopt.training.log import RunLog
 
 LOST = WorkerGroupError("it died", {1: RuntimeError("node 7 is gone\nand more")})
@@ -228,3 +232,28 @@ def test_a_group_that_starts_takes_what_there_is(
 def test_fewer_than_the_fewest_do_not_start(policy: AtCheckpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "_free_nodes", lambda: [{"CPU": 1.0}])
     assert number(policy.make_decision_for_non_running_worker_group()) is None
+
+
+# --- Processes that are not started ---
+
+
+def test_there_is_none_for_datasets_that_are_not_there() -> None:
+    """And the others that Ray Train makes are left as they are."""
+    rays = {type(callback) for callback in TorchTrainer(print)._create_default_callbacks()}
+    ours = {type(callback) for callback in Trainer(print, run=RunConfig())._create_default_callbacks()}
+    assert (rays - ours, ours - rays) == ({DatasetsCallback}, set())
+
+
+@pytest.mark.parametrize(("nodes", "given", "seen"), [(1, None, "0"), (1, "1", "1"), (2, None, None)])
+def test_a_node_by_itself_is_not_watched(
+    nodes: int, given: str | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = [{"Alive": True}] * nodes + [{"Alive": False}]
+    monkeypatch.setattr(workers.ray, "nodes", lambda: alive)
+    monkeypatch.delenv(workers.WATCHER, raising=False)
+    if given is not None:
+        monkeypatch.setenv(workers.WATCHER, given)
+    assert workers.WATCHER == ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    with workers._watched_for_preemption():
+        assert os.environ.get(workers.WATCHER) == seen
+    assert os.environ.get(workers.WATCHER) == given
