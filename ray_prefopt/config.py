@@ -184,7 +184,8 @@ class DataConfig(Config):
     format: Literal["auto", "standard", "conversational"] = "auto"
     """Form of the rows; `auto` looks at each row."""
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(default_factory=dict)
-    """Column names of yours for ours: `{prompt: question, chosen: answer_a, rejected: answer_b}`."""
+    """Column names of yours for ours: `{prompt: question, chosen: answer_a, rejected: answer_b}`; `{prompt: ""}` where
+    the prompt is what both completions begin with."""
     chat_template: str | None = None
     """Jinja text, or path of a file with it; the tokenizer's own template when not given."""
     assistant_header: Literal["trl", "official"] = "trl"
@@ -464,8 +465,8 @@ class RunConfig(Config):
     """Completions that are sampled in each evaluation, for as many prompts of each set; written to samples.jsonl."""
     eval_sample_tokens: int = Field(256, ge=1)
     """Most tokens of a sampled completion."""
-    save_steps: Interval | None = None
-    """Optimizer steps between checkpoints, a share of all steps, or `epoch`; when not given, one at the end."""
+    save_steps: Interval | None = 500
+    """Optimizer steps between checkpoints, a share of all steps, or `epoch`; none: one at the end alone."""
     save_only_model: bool = False
     """Checkpoints hold the weights alone, a quarter of the size or less: to export and evaluate, not to resume."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -23,6 +23,7 @@ from ray_prefopt.problems import Layer, Problems
 from ray_prefopt.search_config import TuneConfig
 
 T = TypeVar("T", bound=TrainConfig)
+Files = str | Path | Sequence[str | Path]
 
 # --- YAML ---
 
@@ -381,22 +382,21 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_config(
-    files: Sequence[str | Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    files: Files = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """Build the config from `base`, files and flags, later ones over earlier ones; raises ConfigError alone."""
     return _load(TrainConfig, files, flags, base)
 
 
 def load_tune_config(
-    files: Sequence[str | Path] = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    files: Files = (), flags: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TuneConfig:
     """The same with a section `search`."""
     return _load(TuneConfig, files, flags, base)
 
 
-def _load(
-    kind: type[T], files: Sequence[str | Path], flags: Sequence[str], base: Mapping[str, Any] | None
-) -> T:
+def _load(kind: type[T], files: Files, flags: Sequence[str], base: Mapping[str, Any] | None) -> T:
+    files = [files] if isinstance(files, str | Path) else files
     layers: list[_File | _Flags] = [*map(_read_file, files), _read_flags(flags)]
     values = dict(base or {})
     for layer in layers:

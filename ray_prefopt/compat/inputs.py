@@ -1,11 +1,13 @@
 """What a trainer is given in memory, put where every worker can read it: models, tokenizers and datasets as folders."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import ray.data
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,12 +69,19 @@ def check_trained(model: Any, *, has_new_adapter: bool) -> None:
                 "name these modules in modules_to_save of its LoraConfig"
             )
         return
-    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    frozen = _frozen(model)
+    with suppress(Exception), torch.device("meta"):  # some are frozen by design, as on the workers
+        frozen -= _frozen(type(model)(model.config)) if frozen else frozen
     if frozen:
+        names = ", ".join(sorted(frozen)[:3])
         raise ConfigError(
-            f"model: got frozen weights: {', '.join(frozen[:3])} ({len(frozen)} in all). All weights are trained, or "
+            f"model: got frozen weights: {names} ({len(frozen)} in all). All weights are trained, or "
             "with a peft_config those that it names, such as whole modules by modules_to_save: give one, or unfreeze"
         )
+
+
+def _frozen(model: PreTrainedModel) -> set[str]:
+    return {name for name, weight in model.named_parameters() if not weight.requires_grad}
 
 
 def _saved_adapter(model: PeftModel, folder: Path) -> str:

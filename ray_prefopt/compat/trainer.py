@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -47,7 +47,7 @@ from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
 from ray_prefopt.data.prepare import find_blocks, length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
-from ray_prefopt.errors import ConfigError, DataError, HubError
+from ray_prefopt.errors import ConfigError, DataError, HubError, PrefoptError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses, pair_rewards
 from ray_prefopt.model.adapters import base_of, name_base, with_adapter
@@ -183,8 +183,12 @@ class CPOTrainer:
             **_best(records, self._config.run),
         )
         self._take_weights()
-        blocks = find_blocks(config.data, config.model, config.data.train_sources, config.run.storage_path)
-        summary = _summary(records, begun, blocks.num_pairs if blocks else 0)
+        blocks = None
+        with suppress(PrefoptError):  # where the pairs came from is gone by now
+            blocks = find_blocks(
+                config.data, config.model, config.data.train_sources, config.run.storage_path
+            )
+        summary = _summary(records, begun, blocks.num_pairs if blocks else None)
         self._logged(summary)
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -612,23 +616,27 @@ def _records(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
 
 
-def _summary(records: Sequence[Mapping[str, float]], begun: float, pairs: int) -> dict[str, float]:
+def _summary(records: Sequence[Mapping[str, float]], begun: float, pairs: int | None) -> dict[str, float]:
     """What transformers logs when training has ended; the loss is the mean of all steps.
 
-    `pairs` are those of an epoch.
+    `pairs` are those of an epoch, if that is known.
     """
     lines = [record for record in records if "loss" in record]
     steps, epoch = [line["step"] for line in lines], lines[-1]["epoch"]
     weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
     loss = sum(weight * line["loss"] for weight, line in zip(weights, lines, strict=True)) / steps[-1]
-    speed = speed_metrics("train", begun, round(epoch * pairs), steps[-1])
+    speed = speed_metrics("train", begun, pairs and round(epoch * pairs), steps[-1])
     return {**speed, "train_loss": loss, "epoch": epoch}
 
 
 def _made(model_init: Callable[..., PreTrainedModel], *, seed: int) -> PreTrainedModel:
     """The same each time; without a trial, which transformers gives to a function that takes one."""
     set_seed(seed)
-    return model_init(None) if signature(model_init).parameters else model_init()
+    parameters = signature(model_init).parameters
+    takes_trial = "trial" in parameters or any(
+        each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD for each in parameters.values()
+    )
+    return model_init(None) if takes_trial else model_init()
 
 
 def _best(records: Sequence[Mapping[str, float]], run: RunConfig) -> dict[str, Any]:

@@ -26,6 +26,8 @@ Message = dict[str, Any]
 
 PROMPTS = ("question", "instruction", "query", "input", "problem")
 """Names of columns that hold prompts elsewhere."""
+IMPLICIT = ""
+"""The column of a prompt that is what both completions begin with."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -123,7 +125,7 @@ def _pair(
     if not isinstance(row, Mapping):
         raise _RowError("not_a_row", f"a row is a mapping of columns; got {reprlib.repr(row)}")
     names = {ours: columns.get(ours, ours) for ours in ("prompt", "chosen", "rejected")}
-    needed = [name for ours, name in names.items() if ours != "prompt" or ours in columns]
+    needed = [name for ours, name in names.items() if ours != "prompt" or columns.get(ours)]
     for name in needed:
         if name not in row:
             raise _RowError("missing_column", f"no column {name!r}; got {sorted(map(str, row))}")
@@ -154,8 +156,13 @@ def _pair(
 def _text_pair(row: Mapping[str, Any], names: Mapping[str, str]) -> PreferencePair:
     chosen, rejected = _text(row, names["chosen"]), _text(row, names["rejected"])
     if names["prompt"] not in row:
-        if other := next((name for name in PROMPTS if isinstance(row.get(name), str)), None):
-            raise _RowError("missing_column", f"no column {names['prompt']!r}, and {other!r} looks like one")
+        other = next((name for name in PROMPTS if isinstance(row.get(name), str)), None)
+        if other is not None and names["prompt"] != IMPLICIT:
+            raise _RowError(
+                "missing_column",
+                f"no column {names['prompt']!r}, and {other!r} looks like one: columns {{prompt: {other}}} takes it, "
+                "{prompt: ''} what chosen and rejected begin with alike",
+            )
         prompt = _shared_text(chosen, rejected)
         return PreferencePair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
     if _is_list(row[names["prompt"]]):

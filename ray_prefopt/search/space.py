@@ -102,37 +102,31 @@ class Space:
     def grid(self) -> list[Point]:
         """Every combination of the grids, each once; one empty point when there is none."""
         grids = {name: dimension.grid for name, dimension in self.dimensions.items() if dimension.grid}
-        points: list[Point] = []
-        for values in product(*grids.values()):
-            combination = dict(zip(grids, values, strict=True))
-            point = {name: value for name, value in combination.items() if self._may_apply(name, combination)}
-            if point not in points:
-                points.append(point)
-        return points
-
-    def _may_apply(self, name: str, point: Mapping[str, Any]) -> bool:
-        """Whether a field has a meaning at a point, of which other fields are still to be chosen."""
-        is_open = any(other in self.dimensions and other not in point for other in self.dimensions[name].when)
-        return is_open or self.applies(name, point)
+        return self._combined(grids)
 
     @property
     def size(self) -> int | None:
         """How many points there are; None where they are too many to count."""
-        lists = [dimension.values for dimension in self.dimensions.values()]
-        if (
-            any(values is None for values in lists)
-            or math.prod(len(values or []) for values in lists) > COUNTED
-        ):
+        lists = {name: _all_values(dimension) for name, dimension in self.dimensions.items()}
+        known = {name: values for name, values in lists.items() if values is not None}
+        if len(known) < len(lists) or math.prod(map(len, known.values())) > COUNTED:
             return None
-        points = set()
-        for combination in product(*(values or [] for values in lists)):
-            point = dict(zip(self.dimensions, combination, strict=True))
-            held: Point = {}
-            for name, value in point.items():  # in the order in which they depend on each other
-                if self.applies(name, held):
-                    held[name] = value
-            points.add(json.dumps(held))
-        return len(points)
+        return len(self._combined(known))
+
+    def _combined(self, lists: Mapping[str, list[Any]]) -> list[Point]:
+        """Every combination of some values, each once, and of each what has a meaning beside the rest."""
+        points: dict[str, Point] = {}
+        for values in product(*lists.values()):
+            point: Point = {}
+            for name, value in zip(
+                lists, values, strict=True
+            ):  # in the order in which they depend on each other
+                others = self.dimensions[name].when
+                is_open = any(other in self.dimensions and other not in lists for other in others)
+                if is_open or self.applies(name, point):
+                    point[name] = value
+            points.setdefault(json.dumps(point), point)
+        return list(points.values())
 
     def data_variants(self) -> Iterator[TrainConfig]:
         """A config for each way that the space makes tokens from rows."""
@@ -158,7 +152,7 @@ def make_space(base: TrainConfig, search: SearchConfig) -> Space:
             raise ConfigError(
                 f"search.preset {search.preset} is for loss.kind {search.preset}; got loss.kind {base.loss.kind}"
             )
-        dimensions |= PRESETS[search.preset].dimensions(lora=base.model.lora is not None)
+        dimensions |= PRESETS[search.preset].dimensions(lora=base.model.has_adapter)
     dimensions |= search.space
     for name, dimension in dimensions.items():
         _check_field(name)
@@ -254,6 +248,14 @@ def draw(dimension: Dimension, rng: random.Random) -> Any:
         step = dimension.quniform[2]
         return low + step * rng.randint(0, math.floor((high - low) / step + 1e-9))
     return rng.uniform(low, high)
+
+
+def _all_values(dimension: Dimension) -> list[Any] | None:
+    """Of a list, or of a range with steps; None where there is no end of them."""
+    if dimension.quniform is None:
+        return dimension.values
+    low, high, step = dimension.quniform
+    return [low + step * index for index in range(math.floor((high - low) / step + 1e-9) + 1)]
 
 
 def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:

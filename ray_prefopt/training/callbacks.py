@@ -94,6 +94,12 @@ class Callbacks:
         return json.dumps(asdict(kept), indent=1, default=float)
 
 
+def begin_anew(state: TrainerState) -> None:
+    """As another run begins with it: what is best, and what callbacks have counted, is for that run to find."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    state.stateful_callbacks = []
+
+
 def _restore(callbacks: Sequence[TrainerCallback], states: Mapping[str, Any]) -> None:
     """Give stateful callbacks what they kept; TrainerState has one state by class, or a list of several."""
     for kind, kept in states.items():

@@ -143,7 +143,7 @@ def _private_folder(fs: fsspec.AbstractFileSystem, target: str) -> tempfile.Temp
     """An empty local folder of this rank."""
     fs.makedirs(target, exist_ok=True)
     beside = target if isinstance(fs, LocalFileSystem) else None  # so that publishing is a rename
-    return tempfile.TemporaryDirectory(dir=beside, prefix=".rank-")
+    return tempfile.TemporaryDirectory(dir=beside, prefix=".rank-", ignore_cleanup_errors=True)
 
 
 def _write_part(

@@ -131,11 +131,16 @@ def with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:
         return config
     fs, path = url_to_fs(folder)
     found = json.loads(fs.cat_file(f"{path}/config.json"))["run"]
-    given = config.run.model_dump()
-    name = "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens"
-    if not found.get("auto_find_batch_size") or (found.get(name) or given[name]) >= given[name]:
+    if not found.get("auto_find_batch_size"):
         return config
-    sizes = {name: found[name] for name in (name, "eval_micro_batch")}
+    given = config.run.model_dump()
+    names = (
+        "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens",
+        "eval_micro_batch",
+    )
+    sizes = {
+        name: found[name] for name in names if given[name] and (found.get(name) or given[name]) < given[name]
+    }
     return config.model_copy(update={"run": config.run.model_copy(update=sizes)})
 
 

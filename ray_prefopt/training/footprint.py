@@ -1,6 +1,8 @@
 """How much memory the workers of a run need: what is expected before it, and what was seen in it."""
 
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.balance import Costs
 from ray_prefopt.data.plan import Plan
 from ray_prefopt.engine.memory import MemoryEstimate, ModelSize, estimate
+from ray_prefopt.errors import PrefoptError
 from ray_prefopt.model.adapters import attach_lora
 from ray_prefopt.model.layout import head_of, obstacle_of
 from ray_prefopt.model.load import compute_dtype, model_class
 from ray_prefopt.training.batches import Batching, costs_of, layout_of
+
+logger = logging.getLogger(__name__)
 
 COMPARABLE = 1 << 28
 """Bytes of an estimate that is more than what a process on a CPU grows by besides tensors."""
@@ -38,7 +43,7 @@ class Outline:
     def of(cls, config: TrainConfig, architecture: PretrainedConfig) -> "Outline":
         """From a model on no device. What a probe of the workers would find out besides is taken for granted."""
         given, parameters, trainable, is_packed, is_chunked = config.model, None, None, True, False
-        with suppress(Exception), torch.device("meta"):  # an outline is never a reason to fail
+        with _unless_it_cannot_be(), torch.device("meta"):
             model: PreTrainedModel = model_class(architecture).from_config(
                 architecture, trust_remote_code=given.trust_remote_code
             )
@@ -50,6 +55,17 @@ class Outline:
         is_packed = is_packed and given.layout != "padded"
         costs = costs_of(architecture, layout_of(architecture, is_packed=is_packed))
         return cls(architecture, parameters, trainable, costs, is_packed and is_chunked)
+
+
+@contextmanager
+def _unless_it_cannot_be() -> Iterator[None]:
+    """An outline is never a reason to fail, but for what is wrong with the config."""
+    try:
+        yield
+    except PrefoptError:
+        raise
+    except Exception as error:  # whatever a model raises that has to see its weights
+        logger.debug("no outline of the model: %s", error)
 
 
 @dataclass(frozen=True)

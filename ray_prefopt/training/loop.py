@@ -47,7 +47,14 @@ from ray_prefopt.training.batches import (
     layout_of,
     step_inputs,
 )
-from ray_prefopt.training.callbacks import STATE_FILE, Callbacks, Returned, arguments_of, on_this_rank
+from ray_prefopt.training.callbacks import (
+    STATE_FILE,
+    Callbacks,
+    Returned,
+    arguments_of,
+    begin_anew,
+    on_this_rank,
+)
 from ray_prefopt.training.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -297,6 +304,8 @@ def _callbacks(
         fs, folder = url_to_fs(checkpoint.path)
         if fs.exists(f"{folder}/{STATE_FILE}"):
             state = TrainerState(**json.loads(fs.cat_file(f"{folder}/{STATE_FILE}")))
+        if not checkpoint.path.startswith(f"{job.checkpoints}/"):
+            begin_anew(state)
     state.max_steps = plan.total_steps
     state.num_train_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
     state.is_world_process_zero = ranks.rank() == 0

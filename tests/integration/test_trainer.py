@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from ray.train import ScalingConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ray_prefopt import CPOConfig, CPOTrainer, PrefoptError, SimPOConfig, SimPOTrainer
 from ray_prefopt.compat.inputs import pairs_source
@@ -276,6 +277,8 @@ def test_a_model_is_made_the_same_each_time(tmp_path: Path) -> None:
 
     one, two = (small(tmp_path, model=None, model_init=made).model.state_dict() for _ in range(2))
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
+    saved = save_tiny_model(tmp_path / "saved")
+    small(tmp_path, model=None, model_init=partial(AutoModelForCausalLM.from_pretrained, saved))
 
 
 def test_datasets_are_where_callbacks_of_trl_look_for_them(tmp_path: Path) -> None:
@@ -292,6 +295,13 @@ def test_a_run_begins_anew_unless_it_is_told_to_go_on(tmp_path: Path) -> None:
     assert trainer._beginning(other) == {"force_new": True, "resume_from": str(other)}
 
 
+ERNIE = {
+    "model_type": "ernie4_5_moe", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
 def frozen(model: Any, name: str) -> Any:
     model.get_parameter(name).requires_grad_(False)
     return model
@@ -304,6 +314,11 @@ def test_weights_that_workers_would_train_otherwise_are_refused(tmp_path: Path) 
     ):
         small(tmp_path, model=frozen(tiny_model(), name))
     small(tmp_path, model=frozen(tiny_model(), name), peft_config={"r": 2})
+    by_design = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ERNIE))
+    assert not by_design.get_parameter(
+        "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+    ).requires_grad
+    small(tmp_path, model=by_design)
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, modules_to_save=["norm"]))
     small(tmp_path, model=adapted)
     adapted.get_parameter("base_model.model.model.embed_tokens.weight").requires_grad_(True)

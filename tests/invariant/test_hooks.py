@@ -277,6 +277,26 @@ def test_early_stopping_goes_on_counting_after_a_restart(inputs: Inputs, tmp_pat
     assert stopped.state.stopped
 
 
+def test_another_run_counts_anew(inputs: Inputs, tmp_path: Path) -> None:
+    """Which begins with the checkpoint of one that was stopped early: nothing of that is its own."""
+    run = {"epochs": 3, "eval_steps": 1, "save_steps": 1, "best_metric": "eval_loss"}
+    config = inputs.config(optim={"learning_rate": 1e-12}, run=run)
+    first = job_of(inputs, config, tmp_path / "one", callbacks=(EarlyStoppingCallback(2, 0.1),))
+    worked(first)
+    stopped = latest_checkpoint(first.checkpoints)
+    assert stopped is not None
+    assert stopped.state.step == 3
+    config = inputs.config(optim={"learning_rate": 1e-12}, run={**run, "resume_from": stopped.path})
+    second = job_of(inputs, config, tmp_path / "two", callbacks=(EarlyStoppingCallback(2, 0.1),))
+    records, _ = worked(second)
+    assert [record["step"] for record in records if "eval_loss" in record] == [4, 5, 6]
+    checkpoint = latest_checkpoint(second.checkpoints)
+    assert checkpoint is not None
+    state = json.loads(Path(checkpoint.path, STATE_FILE).read_text())
+    assert state["best_global_step"] >= 4
+    assert str(state["best_model_checkpoint"]).startswith(second.checkpoints)
+
+
 class EndEpoch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         control.should_epoch_stop = True

@@ -63,8 +63,12 @@ def test_implicit_text_shares_its_beginning(chosen: str, rejected: str, prompt: 
 def test_an_implicit_prompt_is_none_where_another_column_looks_like_one() -> None:
     row = {"system": "s", "question": "q", "chosen": "It is blue", "rejected": "It is red"}
     assert to_pair(row, None, form="auto", columns={}, assistant_header="trl") == Skipped(
-        "missing_column", "no column 'prompt', and 'question' looks like one"
+        "missing_column",
+        "no column 'prompt', and 'question' looks like one: columns {prompt: question} takes it, "
+        "{prompt: ''} what chosen and rejected begin with alike",
     )
+    pair = to_pair(row, None, form="auto", columns={"prompt": ""}, assistant_header="trl")
+    assert pair == PreferencePair("It is", " blue", " red")
     pair = to_pair(row, None, form="auto", columns={"prompt": "question"}, assistant_header="trl")
     assert pair == PreferencePair("q", "It is blue", "It is red")
 

@@ -154,6 +154,9 @@ def test_a_resumed_run_begins_with_what_was_found(tmp_path: Path) -> None:
     assert resumed(tokens) == tokens.run  # the run had pairs
     claim(halved(tokens, tmp_path), folder)
     assert resumed(tokens).micro_batch_tokens == 2048
+    single = config_of(tmp_path, micro_batch=1, eval_micro_batch=8, auto_find_batch_size=True)
+    claim(halved(single, tmp_path), folder)
+    assert (resumed(single).micro_batch, resumed(single).eval_micro_batch) == (1, 4)
 
 
 def test_micro_batches_of_evaluations_are_halved_by_themselves(tmp_path: Path) -> None:

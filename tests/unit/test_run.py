@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.errors import CheckpointError
+from ray_prefopt.errors import CheckpointError, ModelError
 from ray_prefopt.training import footprint
 from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
 from ray_prefopt.training.describe import describe
@@ -49,3 +49,12 @@ def test_a_model_that_cannot_be_outlined_is_described_all_the_same(
     plan = describe(config)
     assert plan["model"]["parameters"] == "known when it is loaded"
     assert "memory" not in plan["workers"]
+
+
+def test_what_is_wrong_with_an_adapter_is_said_beforehand(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    save_tiny_model(tmp_path / "model")
+    lora = {"path": str(tmp_path / "model"), "lora": {"target_modules": ["nonexistent"]}}
+    config = TrainConfig.model_validate({**config.model_dump(), "model": lora})
+    with pytest.raises(ModelError, match=r"^model.lora: Target modules .*nonexistent"):
+        describe(config)

@@ -174,6 +174,13 @@ def test_combinations_that_mean_the_same_are_one() -> None:
         {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.5},
         {"loss.kind": "cpo"},
     ]
+    smoothing = {"grid": [0.0, 0.1], "when": {"loss.gamma_beta_ratio": 0.0}}
+    assert make_space(base(), search(space={**space, "loss.label_smoothing": smoothing})).grid() == [
+        {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.0, "loss.label_smoothing": 0.0},
+        {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.0, "loss.label_smoothing": 0.1},
+        {"loss.kind": "simpo", "loss.gamma_beta_ratio": 0.5},
+        {"loss.kind": "cpo"},
+    ]
     space["loss.kind"] = {"choice": ["simpo", "cpo"]}
     cpo = base(loss={"kind": "cpo"})
     assert make_space(cpo, search(space=space)).grid() == [
@@ -187,6 +194,7 @@ def test_points_of_lists_can_be_counted() -> None:
     space: dict[str, Any] = {"loss.kind": {"choice": ["simpo", "cpo"]}, "loss.gamma_beta_ratio": gamma}
     assert make_space(base(), search(space=space)).size == 3
     assert make_space(base(), search(space=space | {"loss.beta": {"uniform": [1, 2]}})).size is None
+    assert make_space(base(), search(space={"loss.beta": {"quniform": [1, 3, 0.5]}})).size == 5
     many = {name: {"choice": list(range(1, 200))} for name in ("run.global_batch", "optim.warmup_steps")}
     assert make_space(base(), search(space=many)).size is None
 
