@@ -40,14 +40,15 @@ def _train(args: argparse.Namespace) -> Any:
     if args.dry_run:
         return _plan(config)
     from ray_prefopt.training.folder import resolved
-    from ray_prefopt.training.run import train
+    from ray_prefopt.training.run import BEGUN, train
 
     named = resolved(config)
     try:
         return train(named)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         to_resume = [] if config.run.name else [f"--run.name={named.run.name}"]
-        to_resume += ["--run.force_new=false"] if config.run.force_new else []
+        has_begun = BEGUN in getattr(stop, "__notes__", [])  # else an older run may still be in its folder
+        to_resume += ["--run.force_new=false"] if config.run.force_new and has_begun else []
         raise KeyboardInterrupt(*to_resume) from None
 
 

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor, nn
 
 
+def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What a model saves besides its weights, by name: buffers that are persistent."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        for prefix, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
+
+
 class Engine(Protocol):
     """A model, its optimizer and schedule, spread over the ranks of the default process group."""
 

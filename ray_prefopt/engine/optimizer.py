@@ -14,11 +14,13 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ray_prefopt.config import OptimConfig
+from ray_prefopt.config import EngineConfig, OptimConfig
 from ray_prefopt.errors import ConfigError, suggest
 
 OwnOptimizer = Callable[[nn.Module], tuple[Optimizer, LRScheduler | None]]
 """Makes an optimizer of the user's own, and its schedule if it has one, over the weights of a module."""
+CONVERTED = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose states DeepSpeed can convert for another number of workers."""
 TRAINER: Any = Trainer
 """For two of its answers, which need neither an instance nor a PreTrainedModel, whatever their annotations say."""
 
@@ -36,6 +38,12 @@ def check_names(optim: OptimConfig) -> None:
             raise ConfigError(
                 f"optim.{field}: {value!r} is not known to transformers.{suggest(value, known)}"
             )
+
+
+def can_change_workers(engine: EngineConfig, optim: OptimConfig) -> bool:
+    """Whether training can go on with another number of workers: with whole states, or such as can be converted."""
+    is_sharded = engine.kind == "zero" and engine.zero_stage > 0
+    return not is_sharded or optim.name in CONVERTED
 
 
 def check_optim(optim: OptimConfig) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ray_prefopt.config import OptimConfig
+from ray_prefopt.engine.base import kept_buffers
 from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
@@ -83,8 +84,10 @@ class PlainEngine:
     def weights(self) -> dict[str, Tensor]:
         if dist.is_initialized() and dist.get_rank() > 0:
             return {}
-        named = self.module.named_parameters()
-        return {name: weight.detach().cpu() for name, weight in named if weight.requires_grad}
+        named = dict(self.module.named_parameters())
+        trained = {name: weight.detach() for name, weight in named.items() if weight.requires_grad}
+        others = kept_buffers(self.module) if len(trained) == len(named) else {}
+        return {name: each.cpu() for name, each in {**trained, **others}.items()}
 
     def load(self, folder: Path) -> None:
         own_rates = peak_rates(self.schedule)

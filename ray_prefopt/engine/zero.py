@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import os
-import tempfile
+import re
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.constants import PARAM_SHAPES, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_GROUPS
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from ray_prefopt.config import OptimConfig
+from ray_prefopt.engine.base import kept_buffers
 from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
@@ -163,6 +165,8 @@ class ZeroEngine:
                 whole = safe_get_full_fp32_param(weight) if self._is_sharded else weight.detach()
                 if dist.get_rank() == 0:
                     found[name] = whole.float().cpu()
+        if dist.get_rank() == 0 and not self._has_frozen:
+            found |= {name: buffer.cpu() for name, buffer in kept_buffers(self.module).items()}
         return found
 
     def load(self, folder: Path) -> None:
@@ -209,16 +213,32 @@ def to_universal(folder: Path, out: Path) -> None:
     try:
         with _quiet():
             ds_to_universal.main(arguments)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder}: DeepSpeed converts the states of Adam alone for another number of workers (no {error} here): "
+            "go on with as many as wrote it"
+        ) from error
     except Exception as error:
         raise CheckpointError(
             f"{folder}: DeepSpeed cannot convert it for another number of workers ({type(error).__name__}: {error})"
         ) from error
 
 
-def _universal_weight(path: Path) -> Tensor:
-    weight = torch.load(path, map_location="cpu", weights_only=True)["param"]
-    assert isinstance(weight, Tensor)
-    return weight
+def _stage_1_weights(folder: Path) -> dict[str, Tensor]:
+    """Of stage 1 in bf16, which has a form of its own, that zero_to_fp32 does not read: pieces of flat groups."""
+    found = torch.load(next(folder.glob("*_model_states.pt")), map_location="cpu", weights_only=True)
+    shapes = {name: shape for group in found[PARAM_SHAPES] for name, shape in group.items()}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    shards = sorted(
+        folder.glob("*_optim_states.pt"), key=lambda path: int(re.findall(r"rank_(\d+)_mp", path.name)[0])
+    )
+    for shard in shards:
+        states = torch.load(shard, map_location="cpu", weights_only=True)["optimizer_state_dict"]
+        groups = zip(states[SINGLE_PARTITION_OF_FP32_GROUPS], states[PARAM_SLICE_MAPPINGS], strict=True)
+        for flat, places in groups:
+            for name, place in places.items():
+                pieces[name].append(flat.narrow(0, place.start, place.numel))
+    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items() if parts}
 
 
 def full_weights(folder: Path) -> dict[str, Tensor]:
@@ -230,11 +250,6 @@ def full_weights(folder: Path) -> dict[str, Tensor]:
         )
         return dict(states["module"])
     if "zero_stage" not in torch.load(shard, mmap=True, weights_only=True)["optimizer_state_dict"]:
-        # Stage 1 in bf16 has a form of its own, which zero_to_fp32 does not read.
-        with tempfile.TemporaryDirectory() as out:
-            to_universal(folder, Path(out))
-            return {
-                path.parent.name: _universal_weight(path) for path in Path(out, TAG, "zero").glob("*/fp32.pt")
-            }
+        return _stage_1_weights(folder / TAG)
     with _quiet():
         return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)

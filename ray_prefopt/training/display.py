@@ -40,7 +40,7 @@ class Display:
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             expand=True,
             console=self._console,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and self._console.is_interactive),
         )
         self._task = self._progress.add_task("train", total=total_steps, summary="")
 

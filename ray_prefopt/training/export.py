@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
@@ -31,8 +32,7 @@ def export(source: str, out: str, *, merge: bool = False, details: CardDetails =
     if checkpoint is None:
         raise CheckpointError(f"{source}: neither a checkpoint nor the folder of a run that has one")
     fs, target = url_to_fs(out)
-    holds_model = any(fs.exists(f"{target}/{name}") for name in ("config.json", "adapter_config.json"))
-    if fs.exists(target) and fs.ls(target) and not holds_model:
+    if fs.exists(target) and fs.ls(target) and not _holds_model(fs, target):
         raise ConfigError(f"{out} is not empty and holds no model: export into another folder")
     with local_copy(checkpoint) as folder:
         config = TrainConfig.model_validate_json((folder / "config.json").read_text())
@@ -66,6 +66,16 @@ def export(source: str, out: str, *, merge: bool = False, details: CardDetails =
                 fs.rm(target, recursive=True)  # a folder is put into one that is there
             fs.put(str(staged), target, recursive=True)
     return out
+
+
+def _holds_model(fs: AbstractFileSystem, folder: str) -> bool:
+    """Whether a folder is one of Hugging Face's: those of runs and checkpoints have another kind of config.json."""
+    if fs.exists(f"{folder}/adapter_config.json"):
+        return True
+    try:
+        return "model_type" in json.loads(fs.cat_file(f"{folder}/config.json"))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def metrics_at(checkpoint: Checkpoint) -> dict[str, float]:

@@ -164,7 +164,8 @@ class _Training:
         logger.info("training begins after step %d of %d", self._state.step, self._plan.total_steps)
         self._callbacks.call("on_train_begin")
         if self._run.eval_on_start and self._state.step == 0 and self._evaluations:
-            self._evaluate()
+            with self._meter.paused():
+                self._evaluate()
         if not self._state.stopped:  # as it is when workers are lost after a callback's stop
             self._steps()
         self._callbacks.call("on_train_end")

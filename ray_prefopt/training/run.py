@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +18,7 @@ from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.plan import Plan
 from ray_prefopt.data.prepare import prepare
 from ray_prefopt.engine.ds_config import build_ds_config
-from ray_prefopt.engine.optimizer import check_optim
+from ray_prefopt.engine.optimizer import CONVERTED, can_change_workers, check_optim
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
@@ -57,6 +58,8 @@ from ray_prefopt.training.workers import run_evaluation, run_training, start_ray
 logger = logging.getLogger(__name__)
 
 NO_HOOKS = Hooks()
+BEGUN = "the run has its folder"
+"""A note at KeyboardInterrupt: run.force_new would now move aside what was done."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,28 @@ def train(
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
     claim(config, folder)
-    job = _job(config, folder, hooks, train_blocks=train_blocks)
-    log = start_log(config, folder)
-    newest = _newest(job)
-    state = newest.state if newest else LoopState()
-    if state.step < total_steps and not state.stopped:
-        if newest is not None:
-            newest.check_resumable()
-        with Display(log, total_steps, observer), closing_log(log):
-            job = _train_within_memory(job, architecture, train_blocks, log)
-        _give_back(hooks, log)
-    return _finish(job, ray.get(log.records.remote()), ray.get(log.memory.remote()))
+    with _begun():
+        job = _job(config, folder, hooks, train_blocks=train_blocks)
+        log = start_log(config, folder)
+        newest = _newest(job)
+        state = newest.state if newest else LoopState()
+        if state.step < total_steps and not state.stopped:
+            if newest is not None:
+                newest.check_resumable()
+            with Display(log, total_steps, observer), closing_log(log):
+                job = _train_within_memory(job, architecture, train_blocks, log)
+            _give_back(hooks, log)
+        return _finish(job, ray.get(log.records.remote()), ray.get(log.memory.remote()))
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    """Notes at a Ctrl-C that the run has its folder."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(BEGUN)
+        raise
 
 
 def _train_within_memory(job: Job, architecture: PretrainedConfig, blocks: Blocks, log: Any) -> Job:
@@ -215,7 +229,7 @@ def _of_checkpoint(config: TrainConfig) -> TrainConfig:
     saved = TrainConfig.model_validate_json(fs.cat_file(f"{folder}/config.json"))
     parts = {"model": saved.model, "engine": saved.engine}
     parts |= {} if "loss" in config.model_fields_set else {"loss": saved.loss}
-    if not checkpoint.is_resumable:
+    if not checkpoint.is_resumable or not can_change_workers(saved.engine, saved.optim):
         name = checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
         exported = export(checkpoint.path, f"{config.run.storage_path}/evaluations/models/{name}")
         given = (
@@ -239,6 +253,12 @@ def pairs_of(config: TrainConfig, blocks: Blocks, outline: Outline) -> tuple[Bat
 def check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
     """Everything about model, engine, metrics and hooks that a driver can find out in seconds."""
     check_optim(config.optim)
+    if config.run.is_elastic and not can_change_workers(config.engine, config.optim):
+        raise ConfigError(
+            f"run.num_workers {config.run.workers_text}: DeepSpeed converts the states of {' and '.join(CONVERTED)} "
+            f"for another number of workers, not of {config.optim.name}: take one of these, engine.kind plain, or a "
+            "fixed number"
+        )
     check_trackers(config.run.report_to)
     check_portable(hooks)
     best_metric(config.run, config.data.eval_sets, is_open=hooks.compute_metrics is not None)

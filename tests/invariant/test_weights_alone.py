@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ray_prefopt.config import TrainConfig
+from ray_prefopt.engine.build import build_engine
 from ray_prefopt.errors import CheckpointError
 from ray_prefopt.training.checkpoint import WEIGHTS, latest_checkpoint
-from ray_prefopt.training.export import export
+from ray_prefopt.training.export import _with_weights, export
 from ray_prefopt.training.run import _of_checkpoint
+from tests.gang import run_gang
 from tests.invariant.training import Inputs, curves, run, stop_at
+from tests.tiny import save_tiny_model
 
 ENGINES = {
     "plain": ("plain", "float32", False),
@@ -66,3 +71,49 @@ def test_training_cannot_go_on_from_it_but_evaluations_can(
     used = Path(str(measured.model.adapter if lora else measured.model.path))
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (used / name).read_bytes() == Path(exported, name).read_bytes()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bfloat16"), (2, "float32")])
+def test_states_that_deepspeed_cannot_convert_are_no_hindrance(
+    stage: int, dtype: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Of another optimizer than Adam: to export and to evaluate, but to training with another number of workers."""
+    optim = {"name": "sgd", "learning_rate": 0.5}
+    config = inputs.config(f"zero{stage}", dtype=dtype, optim=optim, run={"storage_path": str(tmp_path)})
+    plain = inputs.config("plain", optim=optim)
+    jobs = {"": inputs.job(config, tmp_path / "run"), "plain": inputs.job(plain, tmp_path / "plain")}
+    found = curves(jobs, world_size=2)
+    for name, weight in found[""].weights.items():
+        torch.testing.assert_close(weight, found["plain"].weights[name], rtol=0.1, atol=0.01)
+    checkpoint = latest_checkpoint(jobs[""].checkpoints)
+    assert checkpoint is not None
+    asked = config.model_copy(update={"model": config.model.model_copy(update={"path": checkpoint.path})})
+    measured = _of_checkpoint(asked)
+    assert measured.run.resume_from is None
+    exported = load_file(Path(str(measured.model.path), "model.safetensors"))
+    assert all(torch.equal(found[""].weights[name].to(each.dtype), each) for name, each in exported.items())
+    longer = inputs.config(f"zero{stage}", dtype=dtype, optim=optim, run={"epochs": 2})
+    with pytest.raises(
+        CheckpointError, match=r"the states of Adam alone for another .*: go on with as many as wrote"
+    ):
+        run_gang(1, run, inputs.job(longer, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero2"])
+def test_buffers_that_a_model_saves_are_kept(engine: str, tmp_path: Path) -> None:
+    """BART adds one to its logits."""
+    folder = save_tiny_model(tmp_path / "bart", "bart")
+    bias = {"final_logits_bias": torch.arange(512.0)[None]}
+    save_file(
+        {**load_file(f"{folder}/model.safetensors"), **bias}, f"{folder}/model.safetensors", {"format": "pt"}
+    )
+    inputs = Inputs(folder, "unread", "unread")
+    config = inputs.config(engine, run={"save_only_model": True})
+    (weights,) = run_gang(1, _weights, config)
+    assert torch.equal(weights["final_logits_bias"], bias["final_logits_bias"])
+    model = _with_weights(config.model, weights, seed=0, dequantize=False)
+    assert torch.equal(model.get_buffer("final_logits_bias"), bias["final_logits_bias"])
+
+
+def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return build_engine(config, total_steps=1, device=torch.device("cpu")).weights()

@@ -21,7 +21,7 @@ from ray_prefopt.help import default_text, flag_form
 from ray_prefopt.options import options
 from ray_prefopt.settings import config_schema, dump_yaml, load_config
 from ray_prefopt.training.folder import resolved
-from ray_prefopt.training.run import EvalResult
+from ray_prefopt.training.run import BEGUN, EvalResult
 
 FLAGS = Path(__file__).with_name("flags.txt")
 GIVEN = ["--model.path", "m", "--data.train", "a.jsonl"]
@@ -427,11 +427,22 @@ def test_errors_as_json(call: Call, arguments: list[str], error: dict[str, Any])
 def test_an_interrupted_command_says_how_to_go_on(
     call: Call, monkeypatch: pytest.MonkeyPatch, arguments: str, added: str
 ) -> None:
+    stop = KeyboardInterrupt()
+    stop.add_note(BEGUN)
     for name in ("train", "prepare_data"):
-        monkeypatch.setattr(f"ray_prefopt.training.run.{name}", raising(KeyboardInterrupt()))
+        monkeypatch.setattr(f"ray_prefopt.training.run.{name}", raising(stop))
     code, out, err = call(*arguments.split(" "))
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == f"interrupted; go on with: ray-prefopt {arguments}{added}"
+
+
+def test_a_run_that_has_not_begun_still_has_to_move_the_old_one_aside(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_prefopt.training.run.train", raising(KeyboardInterrupt()))
+    arguments = "train -c run.yaml --run.name first --run.force_new"
+    _, _, err = call(*arguments.split(" "))
+    assert err.splitlines()[-1] == f"interrupted; go on with: ray-prefopt {arguments}"
 
 
 def test_an_interrupted_run_without_a_name_is_resumed_by_the_one_it_was_given(

@@ -282,6 +282,18 @@ def test_a_folder_with_something_else_is_left_alone(base: str, tmp_path: Path) -
     assert os.listdir(out) == ["thesis.tex"]
 
 
+def test_a_run_is_never_taken_for_a_model(base: str, tmp_path: Path) -> None:
+    """Both have a config.json."""
+    trained(tmp_path / "run", config_of(base))
+    (tmp_path / "run" / "config.json").write_text(config_of(base).model_dump_json())
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    for out in (tmp_path / "run", checkpoint):
+        before = sorted(os.listdir(out))
+        with pytest.raises(ConfigError, match="is not empty and holds no model: export into another folder"):
+            export(str(tmp_path / "run"), str(out))
+        assert sorted(os.listdir(out)) == before
+
+
 # --- refusals ---
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ray_prefopt.config import TrainConfig
-from ray_prefopt.errors import CheckpointError, ModelError
+from ray_prefopt.errors import CheckpointError, ConfigError, ModelError
 from ray_prefopt.training import footprint
 from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
 from ray_prefopt.training.describe import describe
@@ -49,6 +49,18 @@ def test_a_model_that_cannot_be_outlined_is_described_all_the_same(
     plan = describe(config)
     assert plan["model"]["parameters"] == "known when it is loaded"
     assert "memory" not in plan["workers"]
+
+
+def test_states_that_cannot_be_converted_fix_the_number_of_workers(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    values = config_of(tmp_path, num_workers=[1, 2]).model_dump() | {"optim": {"name": "sgd"}}
+    with pytest.raises(
+        ConfigError,
+        match=r"^run.num_workers 1 to 2: DeepSpeed converts the states of adamw_torch and adamw_torch_fused for "
+        r"another number of workers, not of sgd: take one of these, engine.kind plain, or a fixed number",
+    ):
+        describe(TrainConfig.model_validate(values))
+    describe(TrainConfig.model_validate(values | {"engine": {"kind": "plain"}}))
 
 
 def test_what_is_wrong_with_an_adapter_is_said_beforehand(tmp_path: Path) -> None:
