@@ -20,11 +20,13 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import PARAM_SHAPES, PARAM_SLICE_MAPPINGS, SINGLE_PARTITION_OF_FP32_GROUPS
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -32,7 +34,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.engine.base import kept_buffers
 from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
-from ray_prefopt.errors import CheckpointError, NonFiniteError
+from ray_prefopt.errors import CheckpointError, ConfigError, NonFiniteError
 
 TAG = "engine"
 """Folder inside a checkpoint that holds DeepSpeed's files."""
@@ -54,6 +56,19 @@ def _quiet() -> Iterator[None]:
     """Without the memory reports and bars that DeepSpeed prints whatever the log level."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
+
+
+def check_ds_config(ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value of engine.deepspeed that DeepSpeed refuses by its name."""
+    try:
+        with _quiet():
+            DeepSpeedConfig(dict(ds_config))
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(map(str, found["loc"]))
+        raise ConfigError(
+            f"engine.deepspeed: DeepSpeed does not take {name} {found['input']!r} ({found['msg']})"
+        ) from error
 
 
 def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:

@@ -19,6 +19,7 @@ from ray_prefopt.data.plan import Plan
 from ray_prefopt.data.prepare import prepare
 from ray_prefopt.engine.ds_config import build_ds_config
 from ray_prefopt.engine.optimizer import CONVERTED, can_change_workers, check_optim
+from ray_prefopt.engine.zero import check_ds_config
 from ray_prefopt.errors import ConfigError, OutOfMemoryError
 from ray_prefopt.model.load import check_tokenizer, compute_dtype, load_architecture
 from ray_prefopt.model.tokenizer import load_tokenizer
@@ -265,12 +266,14 @@ def check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
     architecture = load_architecture(config.model)
     check_tokenizer(architecture, load_tokenizer(config.model))
     if config.engine.kind == "zero":
-        build_ds_config(
+        ds_config = build_ds_config(
             config.engine,
             dtype=str(compute_dtype(config.model, architecture)).removeprefix("torch."),
             max_grad_norm=config.optim.max_grad_norm,
             use_gpu=config.run.use_gpu,
         )
+        if config.engine.deepspeed:
+            check_ds_config(ds_config)
     return architecture
 
 

@@ -63,6 +63,26 @@ def test_states_that_cannot_be_converted_fix_the_number_of_workers(tmp_path: Pat
     describe(TrainConfig.model_validate(values | {"engine": {"kind": "plain"}}))
 
 
+def test_deepspeeds_own_options_are_read_beforehand(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+
+    def described(**zero: Any) -> Any:
+        engine = {"deepspeed": {"zero_optimization": zero}}
+        return describe(TrainConfig.model_validate(config_of(tmp_path).model_dump() | {"engine": engine}))
+
+    assert described(reduce_bucket_size=1000, allgather_bucket_size="auto")["workers"]["engine"] == "ZeRO 2"
+    for given, text in (
+        (
+            {"reduce_bucket_sise": 1},
+            "engine.deepspeed: DeepSpeed does not take reduce_bucket_sise 1 (Extra inputs",
+        ),
+        ({"reduce_bucket_size": "x"}, "engine.deepspeed: DeepSpeed does not take reduce_bucket_size 'x' ("),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            described(**given)
+        assert str(caught.value).startswith(text)
+
+
 def test_what_is_wrong_with_an_adapter_is_said_beforehand(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     save_tiny_model(tmp_path / "model")
