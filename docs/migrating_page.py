@@ -30,7 +30,7 @@ train.
 
 The arguments become one [config](config.md), which lies beside every checkpoint. Of the {total} fields of the two
 classes {honoured} are honoured and {ignored} are ignored, since nothing is lost without them. {refused} are refused:
-the script stops at once when one of them is set to something else than its default, and is told what to do instead.
+set to anything but its default, such a field stops the script at once, with a message that says what to use instead.
 Where the numbers differ from TRL's is said in [losses](losses.md#differences-from-trl).
 
 What is worth knowing beforehand:
@@ -52,7 +52,9 @@ TRAINER = """\
 `model_init`, `args`, `train_dataset` and `eval_dataset` (a `Dataset` or `IterableDataset` of datasets, a Ray Dataset, or
 any path that [data](data.md) describes; several evaluation sets as a mapping), `processing_class` or `tokenizer`,
 `peft_config`, and the Python below. New are `scaling_config` and `run_config`, Ray Train's own: how many workers there
-are and what each has; name, storage and failures of the run. What is in memory is saved under `output_dir/inputs`,
+are and what each has; name, storage and failures of the run. Without `scaling_config` there is one worker for each GPU of the
+machine that the script is on, or one on its CPU: on a cluster give `ScalingConfig(num_workers=8, use_gpu=True)`, and an
+`output_dir` that all nodes see. What is in memory is saved under `output_dir/inputs`,
 where workers read it.
 
 | argument | on the workers |

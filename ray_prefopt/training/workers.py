@@ -52,8 +52,8 @@ def start_ray() -> None:
     is_gone = address is not None and not _answers(address)
     if is_gone and asked:
         raise ResourceError(
-            f"no Ray cluster answers at {address}, which RAY_ADDRESS={asked} names: start it, or unset RAY_ADDRESS "
-            "to run on this machine"
+            f"no Ray cluster answers at {address}, which RAY_ADDRESS={asked} names: start it, or set "
+            "RAY_ADDRESS=local to run on this machine"
         )
     ray.init("local" if is_gone else None, log_to_driver=False, logging_level=logging.ERROR)
 

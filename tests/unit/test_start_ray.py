@@ -64,7 +64,8 @@ def test_an_address_where_nothing_answers(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", closed)
     with pytest.raises(
-        ResourceError, match=r"no Ray cluster answers at .*, which RAY_ADDRESS=.* unset RAY_ADDRESS"
+        ResourceError,
+        match=r"no Ray cluster answers at .*, which RAY_ADDRESS=.* set RAY_ADDRESS=local to run",
     ):
         workers.start_ray()
     assert not inits
