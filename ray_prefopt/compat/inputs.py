@@ -70,8 +70,9 @@ def check_trained(model: Any, *, has_new_adapter: bool) -> None:
             )
         return
     frozen = _frozen(model)
-    with suppress(Exception), torch.device("meta"):  # some are frozen by design, as on the workers
-        frozen -= _frozen(type(model)(model.config)) if frozen else frozen
+    if frozen:  # some may be so from the start, which is no choice of the user's
+        with suppress(Exception), torch.device("meta"):
+            frozen -= _frozen(type(model)(model.config))
     if frozen:
         names = ", ".join(sorted(frozen)[:3])
         raise ConfigError(

@@ -114,13 +114,11 @@ class Space:
         return len(self._combined(known))
 
     def _combined(self, lists: Mapping[str, list[Any]]) -> list[Point]:
-        """Every combination of some values, each once, and of each what has a meaning beside the rest."""
+        """Every combination of some values, each once, and of each what has a meaning beside those before it."""
         points: dict[str, Point] = {}
         for values in product(*lists.values()):
             point: Point = {}
-            for name, value in zip(
-                lists, values, strict=True
-            ):  # in the order in which they depend on each other
+            for name, value in zip(lists, values, strict=True):
                 others = self.dimensions[name].when
                 is_open = any(other in self.dimensions and other not in lists for other in others)
                 if is_open or self.applies(name, point):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from fsspec import AbstractFileSystem
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ray_prefopt.config import ModelConfig, TrainConfig
+from ray_prefopt.engine.base import kept_buffers
 from ray_prefopt.engine.zero import full_weights
 from ray_prefopt.errors import CheckpointError, ConfigError
 from ray_prefopt.model.adapters import merged, name_base
@@ -109,7 +111,10 @@ def _with_weights(
     """The model with these weights; with an adapter they are its own, on top of the base model's."""
     dtype = compute_dtype(config, load_architecture(config))
     config = config.model_copy(update={"disable_dropout": False})  # it was off for this run alone
-    model = load_model(config, dtype=dtype, seed=seed, blank=not config.has_adapter, dequantize=dequantize)
+    load = partial(load_model, config, dtype=dtype, seed=seed, dequantize=dequantize)
+    model = load(blank=not config.has_adapter)
+    if not config.has_adapter and not kept_buffers(model).keys() <= weights.keys():
+        model = load()  # buffers that the checkpoint does not hold are as they were
     try:
         _, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
