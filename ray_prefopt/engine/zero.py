@@ -253,7 +253,8 @@ def _stage_1_weights(folder: Path) -> dict[str, Tensor]:
         for flat, places in groups:
             for name, place in places.items():
                 pieces[name].append(flat.narrow(0, place.start, place.numel))
-    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items() if parts}
+    buffers = {name: found["module"][name] for name in found["buffer_names"]}
+    return buffers | {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items() if parts}
 
 
 def full_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from ray_prefopt.config import TrainConfig
 from ray_prefopt.engine.build import build_engine
 from ray_prefopt.errors import CheckpointError
 from ray_prefopt.training.checkpoint import WEIGHTS, latest_checkpoint
-from ray_prefopt.training.export import _with_weights, export
+from ray_prefopt.training.export import _with_weights, checkpoint_weights, export
 from ray_prefopt.training.run import _of_checkpoint
 from tests.gang import run_gang
 from tests.invariant.training import Inputs, curves, run, stop_at
@@ -99,22 +99,28 @@ def test_states_that_deepspeed_cannot_convert_are_no_hindrance(
         run_gang(1, run, inputs.job(longer, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero2"])
-def test_buffers_that_a_model_saves_are_kept(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [("plain", "float32"), ("zero1", "bfloat16"), ("zero2", "float32")]
+)
+def test_buffers_that_a_model_saves_are_kept(engine: str, dtype: str, tmp_path: Path) -> None:
     """BART adds one to its logits."""
     folder = save_tiny_model(tmp_path / "bart", "bart")
-    bias = {"final_logits_bias": torch.arange(512.0)[None]}
+    bias = {"final_logits_bias": torch.arange(512.0)[None] % 128}  # numbers that bf16 has
     save_file(
         {**load_file(f"{folder}/model.safetensors"), **bias}, f"{folder}/model.safetensors", {"format": "pt"}
     )
     inputs = Inputs(folder, "unread", "unread")
-    config = inputs.config(engine, run={"save_only_model": True})
-    (weights,) = run_gang(1, _weights, config)
-    assert torch.equal(weights["final_logits_bias"], bias["final_logits_bias"])
+    config = inputs.config(engine, dtype=dtype, run={"save_only_model": True})
+    (weights,) = run_gang(1, _weights, config, tmp_path / "checkpoint")
+    for found in (weights, checkpoint_weights(config, tmp_path / "checkpoint")):
+        assert torch.equal(found["final_logits_bias"].float(), bias["final_logits_bias"])
     for found in (weights, {name: each for name, each in weights.items() if name not in bias}):
         model = _with_weights(config.model, found, seed=0, dequantize=False)
-        assert torch.equal(model.get_buffer("final_logits_bias"), bias["final_logits_bias"])
+        assert torch.equal(model.get_buffer("final_logits_bias").float(), bias["final_logits_bias"])
 
 
-def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return build_engine(config, total_steps=1, device=torch.device("cpu")).weights()
+def _weights(config: TrainConfig, folder: Path) -> dict[str, torch.Tensor]:
+    engine = build_engine(config, total_steps=1, device=torch.device("cpu"))
+    folder.mkdir()
+    engine.save(folder)
+    return engine.weights()
