@@ -214,12 +214,9 @@ class DataConfig(Config):
     @classmethod
     def _one_source_or_named_sets(cls, value: Any) -> Any:
         """`{path: a.jsonl, split: test}` is a source, and no sets with the names path and split."""
-        is_source = isinstance(value, Mapping) and isinstance(value.get("path"), str)
-        return (
-            Source.model_validate(value)
-            if is_source and value.keys() <= Source.model_fields.keys()
-            else value
-        )
+        has_path = isinstance(value, Mapping) and isinstance(value.get("path"), str)
+        is_source = has_path and value.keys() <= Source.model_fields.keys()
+        return Source.model_validate(value) if is_source else value
 
     @model_validator(mode="after")
     def _grouping_needs_shuffling(self) -> Self:

@@ -18,10 +18,14 @@ from ray_prefopt.model.load import save_model
 Pairs: TypeAlias = str | datasets.Dataset | datasets.IterableDataset | ray.data.Dataset
 
 
-def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage: Path) -> dict[str, Any]:
+def model_values(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, storage: Path, *, has_new_adapter: bool
+) -> dict[str, Any]:
     """`path`, `adapter` and `tokenizer` of the model section; what is in memory is saved under `storage` first.
 
-    Raises ConfigError for what is neither a path nor a whole model of transformers, with adapters of peft or without.
+    With a new adapter, whatever the model trains now is frozen. Raises ConfigError for what is neither a path nor a
+    whole model of transformers, with adapters of peft or without, and for one that would train other weights than
+    workers do.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ConfigError(
@@ -29,6 +33,8 @@ def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage:
         )
     values: dict[str, Any] = {"path": model if isinstance(model, str) else str(storage / "model")}
     if isinstance(model, PeftModel):
+        if not has_new_adapter:
+            _check_base_is_frozen(model)
         save_base(model, storage / "model")
         values["adapter"] = _saved_adapter(model, storage / "adapter")
     elif isinstance(model, PreTrainedModel):
@@ -37,6 +43,8 @@ def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage:
                 "model: got a model into which transformers has put an adapter; give a PeftModel, such as "
                 "PeftModel.from_pretrained(base, adapter)"
             )
+        if not has_new_adapter and not getattr(model, "is_quantized", False):
+            _check_nothing_is_frozen(model)
         save_model(model, storage / "model")
     if not isinstance(model, str):
         values["tokenizer"] = model.name_or_path or None
@@ -50,25 +58,23 @@ def model_values(model: Any, tokenizer: PreTrainedTokenizerBase | None, storage:
     return values
 
 
-def check_trained(model: Any, *, has_new_adapter: bool) -> None:
-    """Raises ConfigError when a model in memory has other weights to train than workers would train: all of them, or
-    those of its adapter. With a new adapter all of its own are frozen, whatever they are now."""
-    if (
-        not isinstance(model, PreTrainedModel | PeftModel)
-        or has_new_adapter
-        or getattr(model, "is_quantized", False)
-    ):
-        return
-    if isinstance(model, PeftModel):
-        own = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        prefixes = (str(model.base_model.prefix), "modules_to_save.", "trainable_tokens_")
-        others = sorted(name for name in own if not any(prefix in name for prefix in prefixes))
-        if others and getattr(model.active_peft_config, "bias", "none") == "none":
-            raise ConfigError(
-                f"model: got a PeftModel whose base is trained too: {', '.join(others[:3])} ({len(others)} in all); "
-                "name these modules in modules_to_save of its LoraConfig"
-            )
-        return
+def _check_base_is_frozen(model: PeftModel) -> None:
+    """Workers train the adapter alone."""
+    prefixes = (str(model.base_model.prefix), "modules_to_save.", "trainable_tokens_")
+    others = sorted(
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and not any(prefix in name for prefix in prefixes)
+    )
+    if others and getattr(model.active_peft_config, "bias", "none") == "none":
+        raise ConfigError(
+            f"model: got a PeftModel whose base is trained too: {', '.join(others[:3])} ({len(others)} in all); "
+            "name these modules in modules_to_save of its LoraConfig"
+        )
+
+
+def _check_nothing_is_frozen(model: PreTrainedModel) -> None:
+    """Workers train all weights."""
     frozen = _frozen(model)
     if frozen:  # some may be so from the start, which is no choice of the user's
         with suppress(Exception), torch.device("meta"):

@@ -104,12 +104,11 @@ def distribution(name: str, value: Any) -> dict[str, Any]:
     is_logarithmic = isinstance(sampler.sampler if is_quantized else sampler, LogUniform)
     if isinstance(value, Integer) and not is_logarithmic:
         step = sampler.q if is_quantized else 1
-        numbers = range(
-            value.lower, value.upper + is_quantized, step
-        )  # as in numpy, randint leaves out its end
-        return (
-            {"quniform": [numbers[0], numbers[-1], step]} if len(numbers) > 1 else {"choice": list(numbers)}
-        )
+        end = value.upper + 1 if is_quantized else value.upper  # which randint leaves out, as in numpy
+        numbers = range(value.lower, end, step)
+        if len(numbers) == 1:
+            return {"choice": list(numbers)}
+        return {"quniform": [numbers[0], numbers[-1], step]}
     if isinstance(value, Float) and not (is_quantized and is_logarithmic):
         ends = [value.lower, value.upper]
         if is_quantized:

@@ -132,6 +132,8 @@ _SCRIPTS = "scripts read it, no trainer does"
 _TRACKIO = (
     "only Trackio has a use for it; with `report_to='trackio'` it is refused: only the run's name is told"
 )
+OF_TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+"""Ignored without it, and refused with it."""
 _LOADER = "prepared pairs are read ahead of the step; there are no loader processes"
 _DDP = "gradients are reduced by DeepSpeed, not by torch's DistributedDataParallel"
 
@@ -165,7 +167,7 @@ IGNORED = {
     "eval_use_gather_object": "predictions are two numbers for each pair",
     "save_on_each_node": "checkpoints lie on storage that all nodes see",
     "torch_empty_cache_steps": "it changes no result; against fragmentation there is PYTORCH_CUDA_ALLOC_CONF",
-    **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
+    **dict.fromkeys(OF_TRACKIO, _TRACKIO),
 }  # fmt: skip
 """Field: why nothing is lost without it."""
 

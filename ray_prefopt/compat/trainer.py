@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -39,15 +39,15 @@ from ray_prefopt.compat.batches import LABEL_PAD, Batch, inputs_of, pairs_of, re
 from ray_prefopt.compat.cluster import run_values
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
 from ray_prefopt.compat.hub import Pushes, Repository, repository_name
-from ray_prefopt.compat.inputs import Pairs, check_trained, model_values, pairs_source
+from ray_prefopt.compat.inputs import Pairs, model_values, pairs_source
 from ray_prefopt.compat.search import HpSpace, named_back, search_config
 from ray_prefopt.compat.translate import to_train_config
 from ray_prefopt.config import CPOLoss, RunConfig, TrainConfig
 from ray_prefopt.data.collate import collate
 from ray_prefopt.data.formats import ChatTemplate, Skipped, to_pair
-from ray_prefopt.data.prepare import find_blocks, length_limits
+from ray_prefopt.data.prepare import length_limits
 from ray_prefopt.data.tokenization import tokenize_pairs
-from ray_prefopt.errors import ConfigError, DataError, HubError, PrefoptError
+from ray_prefopt.errors import ConfigError, DataError, HubError
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals, pair_losses, pair_rewards
 from ray_prefopt.model.adapters import base_of, name_base, with_adapter
@@ -119,13 +119,14 @@ class CPOTrainer:
         self._translate = partial(
             to_train_config,
             self.args,
-            model=model_values(self.model, self.processing_class, self._inputs),
+            model=model_values(
+                self.model, self.processing_class, self._inputs, has_new_adapter=peft_config is not None
+            ),
             num_workers=cluster.pop("num_workers"),
             use_gpu=cluster.pop("use_gpu"),
             peft_config=peft_config,
             cluster=cluster,
         )
-        check_trained(self.model, has_new_adapter=peft_config is not None)
         unread: dict[str, Any] = {"train": [], **({"eval": None} if eval_dataset is None else {})}
         self._architecture = load_architecture(self._translate(data=unread).model)
         self.is_encoder_decoder = bool(self._architecture.is_encoder_decoder)
@@ -183,12 +184,7 @@ class CPOTrainer:
             **_best(records, self._config.run),
         )
         self._take_weights()
-        blocks = None
-        with suppress(PrefoptError):  # where the pairs came from is gone by now
-            blocks = find_blocks(
-                config.data, config.model, config.data.train_sources, config.run.storage_path
-            )
-        summary = _summary(records, begun, blocks.num_pairs if blocks else None)
+        summary = _summary(records, begun, result.pairs)
         self._logged(summary)
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -365,11 +361,9 @@ class CPOTrainer:
         tags: str | Sequence[str] | None = None,
     ) -> None:
         checkpoint = open_checkpoint(self._checkpoint, verify="sizes") if self._result else None
+        source = self.train_dataset
         card = model_card(
-            _changed(
-                self._config,
-                data={"train": self.train_dataset if isinstance(self.train_dataset, str) else []},
-            ),
+            _changed(self._config, data={"train": source if isinstance(source, str) else []}),
             steps=checkpoint.state.step if checkpoint else 0,
             metrics=metrics_at(checkpoint) if checkpoint else {},
             is_adapter=self._config.model.has_adapter,
@@ -616,16 +610,16 @@ def _records(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
 
 
-def _summary(records: Sequence[Mapping[str, float]], begun: float, pairs: int | None) -> dict[str, float]:
+def _summary(records: Sequence[Mapping[str, float]], begun: float, pairs: int) -> dict[str, float]:
     """What transformers logs when training has ended; the loss is the mean of all steps.
 
-    `pairs` are those of an epoch, if that is known.
+    `pairs` are those of an epoch.
     """
     lines = [record for record in records if "loss" in record]
     steps, epoch = [line["step"] for line in lines], lines[-1]["epoch"]
     weights = [step - before for before, step in zip([0, *steps], steps, strict=False)]
     loss = sum(weight * line["loss"] for weight, line in zip(weights, lines, strict=True)) / steps[-1]
-    speed = speed_metrics("train", begun, pairs and round(epoch * pairs), steps[-1])
+    speed = speed_metrics("train", begun, round(epoch * pairs), steps[-1])
     return {**speed, "train_loss": loss, "epoch": epoch}
 
 

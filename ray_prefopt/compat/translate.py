@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ray_prefopt.compat.config import CPOConfig, SimPOConfig
-from ray_prefopt.compat.table import check
+from ray_prefopt.compat.table import OF_TRACKIO, check
 from ray_prefopt.config import LoraConfig, TrainConfig
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.settings import load_config, parse_scalar
@@ -423,8 +423,8 @@ def _run(args: Args, *, evaluates: bool) -> dict[str, Any]:
         raise _refusal(args, "save_strategy", "it needs an eval_strategy and metric_for_best_model")
     epochs = args.num_train_epochs
     named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
-    for option in ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
-        if "trackio" in named and getattr(args, option) != getattr(type(args), option):
+    for option in OF_TRACKIO if "trackio" in named else ():
+        if getattr(args, option) != getattr(type(args), option):
             raise _refusal(args, option, "Trackio is told of the run's name alone; leave it out")
     return {
         "name": args.run_name or "run",

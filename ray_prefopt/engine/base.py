@@ -8,13 +8,9 @@ from torch import Tensor, nn
 
 
 def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """What a model saves besides its weights, by name: buffers that are persistent."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach()
-        for prefix, part in module.named_modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None and name not in part._non_persistent_buffers_set
-    }
+    """What a model saves besides its weights, by name."""
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    return {name: each for name, each in module.state_dict().items() if name not in weights}
 
 
 class Engine(Protocol):

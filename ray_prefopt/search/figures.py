@@ -28,7 +28,7 @@ Entry = tuple[str, str, go.Figure]
 
 def all_figures(found: Findings) -> Iterator[Entry]:
     """Those that the search has the trials for."""
-    measured = [group for group in found.groups if is_finite(group.mean(found.metric))]
+    measured = [group for group in found.groups if _is_finite(group.mean(found.metric))]
     if not measured:
         return
     yield by_parameter(found, measured)
@@ -47,7 +47,7 @@ def all_figures(found: Findings) -> Iterator[Entry]:
     yield cost(found)
 
 
-def is_finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> bool:
     """Whether it can be drawn."""
     return value is not None and math.isfinite(value)
 
@@ -169,7 +169,7 @@ def _with_both(found: Findings, pair: tuple[str, str]) -> list[Group]:
     return [
         group
         for group in found.finished()
-        if all(name in group.point for name in pair) and is_finite(group.mean(found.metric))
+        if all(name in group.point for name in pair) and _is_finite(group.mean(found.metric))
     ]
 
 
@@ -250,7 +250,7 @@ def learning_curves(found: Findings) -> Entry:
 
 def importance(found: Findings) -> dict[str, float]:
     """Share of the metric's variance that each parameter explains (fANOVA); none with too few points for it."""
-    finished = [group for group in found.finished() if is_finite(group.mean(found.metric))]
+    finished = [group for group in found.finished() if _is_finite(group.mean(found.metric))]
     names = [name for name in found.space.dimensions if len({show(g.point.get(name)) for g in finished}) > 1]
     finished = [group for group in finished if all(name in group.point for name in names)]
     values = [group.mean(found.metric) for group in finished]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from fsspec.core import url_to_fs
 from ray import cloudpickle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -18,6 +19,7 @@ from ray_prefopt.config import Interval, TrainConfig
 from ray_prefopt.engine.base import Engine
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.training import ranks
+from ray_prefopt.training.checkpoint import Checkpoint
 
 STATE_FILE = "trainer_state.json"
 """In a checkpoint: the TrainerState, with what stateful callbacks keep, under transformers' name for it."""
@@ -94,10 +96,16 @@ class Callbacks:
         return json.dumps(asdict(kept), indent=1, default=float)
 
 
-def begin_anew(state: TrainerState) -> None:
-    """As another run begins with it: what is best, and what callbacks have counted, is for that run to find."""
-    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-    state.stateful_callbacks = []
+def read_state(checkpoint: Checkpoint, *, is_own: bool) -> TrainerState:
+    """What a checkpoint has of it; of another run's not what was best, nor what callbacks had counted."""
+    fs, folder = url_to_fs(checkpoint.path)
+    if not fs.exists(f"{folder}/{STATE_FILE}"):
+        return TrainerState()
+    state = TrainerState(**json.loads(fs.cat_file(f"{folder}/{STATE_FILE}")))
+    if not is_own:
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        state.stateful_callbacks = []
+    return state
 
 
 def _restore(callbacks: Sequence[TrainerCallback], states: Mapping[str, Any]) -> None:

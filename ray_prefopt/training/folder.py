@@ -44,6 +44,8 @@ class TrainResult:
     """Hugging Face folder of the last checkpoint."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes of the worker that needed most: `seen`, and `estimated` where there is an estimate."""
+    pairs: int = 0
+    """That there are to train on; each comes once in an epoch."""
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -134,14 +136,13 @@ def with_found_micro_batch(config: TrainConfig, folder: str) -> TrainConfig:
     if not found.get("auto_find_batch_size"):
         return config
     given = config.run.model_dump()
-    names = (
-        "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens",
-        "eval_micro_batch",
-    )
-    sizes = {
-        name: found[name] for name in names if given[name] and (found.get(name) or given[name]) < given[name]
+    size = "micro_batch" if config.run.micro_batch_tokens is None else "micro_batch_tokens"
+    smaller = {
+        name: found[name]
+        for name in (size, "eval_micro_batch")
+        if given[name] and found.get(name) and found[name] < given[name]
     }
-    return config.model_copy(update={"run": config.run.model_copy(update=sizes)})
+    return config.model_copy(update={"run": config.run.model_copy(update=smaller)})
 
 
 def finished(folder: str, *, export: bool) -> TrainResult | None:

@@ -1,14 +1,13 @@
 """How much memory the workers of a run need: what is expected before it, and what was seen in it."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.filesize import decimal
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.balance import Costs
@@ -42,30 +41,25 @@ class Outline:
     @classmethod
     def of(cls, config: TrainConfig, architecture: PretrainedConfig) -> "Outline":
         """From a model on no device. What a probe of the workers would find out besides is taken for granted."""
-        given, parameters, trainable, is_packed, is_chunked = config.model, None, None, True, False
-        with _unless_it_cannot_be(), torch.device("meta"):
-            model: PreTrainedModel = model_class(architecture).from_config(
-                architecture, trust_remote_code=given.trust_remote_code
-            )
-            parameters = model.num_parameters()
-            if given.lora is not None:
-                adapted = attach_lora(model, given.lora, seed=0)
-                trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-            is_packed, is_chunked = obstacle_of(model, given) is None, head_of(model) is not None
-        is_packed = is_packed and given.layout != "padded"
+        parameters = trainable = None
+        is_packed, is_chunked = True, False
+        try:
+            with torch.device("meta"):
+                model = model_class(architecture).from_config(
+                    architecture, trust_remote_code=config.model.trust_remote_code
+                )
+                parameters = model.num_parameters()
+                if config.model.lora is not None:
+                    adapted = attach_lora(model, config.model.lora, seed=0)
+                    trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+            is_packed, is_chunked = obstacle_of(model, config.model) is None, head_of(model) is not None
+        except PrefoptError:  # the config is wrong
+            raise
+        except Exception as error:  # the model has to see its weights, which is no reason to fail
+            logger.debug("no outline of the model: %s", error)
+        is_packed = is_packed and config.model.layout != "padded"
         costs = costs_of(architecture, layout_of(architecture, is_packed=is_packed))
         return cls(architecture, parameters, trainable, costs, is_packed and is_chunked)
-
-
-@contextmanager
-def _unless_it_cannot_be() -> Iterator[None]:
-    """An outline is never a reason to fail, but for what is wrong with the config."""
-    try:
-        yield
-    except PrefoptError:
-        raise
-    except Exception as error:  # whatever a model raises that has to see its weights
-        logger.debug("no outline of the model: %s", error)
 
 
 @dataclass(frozen=True)

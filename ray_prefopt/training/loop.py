@@ -1,6 +1,5 @@
 """What every worker of a run does: the same loop on each rank, in step with the others."""
 
-import json
 import logging
 import math
 import random
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from fsspec.core import url_to_fs
 from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import enable_full_determinism
@@ -52,8 +50,8 @@ from ray_prefopt.training.callbacks import (
     Callbacks,
     Returned,
     arguments_of,
-    begin_anew,
     on_this_rank,
+    read_state,
 )
 from ray_prefopt.training.checkpoint import (
     WEIGHTS,
@@ -302,11 +300,7 @@ def _callbacks(
     arguments = on_this_rank(hooks.arguments or arguments_of(job.config, job.folder, metric), engine.device)
     state = TrainerState()
     if checkpoint is not None:
-        fs, folder = url_to_fs(checkpoint.path)
-        if fs.exists(f"{folder}/{STATE_FILE}"):
-            state = TrainerState(**json.loads(fs.cat_file(f"{folder}/{STATE_FILE}")))
-        if not checkpoint.path.startswith(f"{job.checkpoints}/"):
-            begin_anew(state)
+        state = read_state(checkpoint, is_own=checkpoint.path.startswith(f"{job.checkpoints}/"))
     state.max_steps = plan.total_steps
     state.num_train_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
     state.is_world_process_zero = ranks.rank() == 0

@@ -158,7 +158,7 @@ def _with_half_the_micro_batch(
     """Raises OutOfMemoryError when the largest micro-batch is a single pair already, in training and evaluation."""
     run, tokens = config.run, config.run.micro_batch_tokens
     if tokens is None:
-        is_single, half = run.micro_batch == 1, {"micro_batch": max(run.micro_batch // 2, 1)}
+        is_single, half = run.micro_batch == 1, {"micro_batch": run.micro_batch // 2}
     else:
         costs = Outline.of(config, architecture).costs
         is_single, half = tokens <= longest_pair(blocks, costs), {"micro_batch_tokens": tokens // 2}
@@ -327,6 +327,7 @@ def _finish(job: Job, records: Sequence[Record], memory: dict[str, int]) -> Trai
         best_checkpoint=best or checkpoint.path,
         model=export(checkpoint.path, f"{job.folder}/model") if run.export else None,
         memory=memory,
+        pairs=open_blocks(str(job.train_blocks)).num_pairs,
     )
     fs, path = url_to_fs(job.folder)
     write_text(fs, f"{path}/result.json", json.dumps(asdict(result), indent=1))

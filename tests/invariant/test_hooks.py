@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from transformers import (
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import ConfigError
+from ray_prefopt.training import metrics as metrics_module
 from ray_prefopt.training.callbacks import STATE_FILE, Returned
 from ray_prefopt.training.checkpoint import latest_checkpoint
 from ray_prefopt.training.export import export
@@ -368,6 +371,25 @@ class Scripted:
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
         return {"x": self.values.pop(0)}
+
+
+def test_rates_are_those_of_training_alone(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that an evaluation sets a thousand seconds forward, and everything else by one."""
+    clock = itertools.count()
+
+    def slow(found: EvalPrediction) -> dict[str, float]:
+        nonlocal clock
+        clock = itertools.count(next(clock) + 1000)
+        return {"x": 0.0}
+
+    monkeypatch.setattr(metrics_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    config = inputs.config(run={"eval_on_start": True, "eval_steps": 1, "log_steps": 1})
+    records, _ = worked(job_of(inputs, config, tmp_path, compute_metrics=slow))
+    rates = [record["pairs_per_second"] for record in records if "pairs_per_second" in record]
+    assert len(rates) == STEPS
+    assert min(rates) > 2 / 100
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,12 @@ def test_a_terminal_has_a_bar_that_follows_the_steps(monkeypatch: pytest.MonkeyP
     display._show_new()
     (task,) = display._progress.tasks
     assert (task.completed, task.total, task.fields["summary"]) == (12, 40, SUMMARY)
+
+
+@pytest.mark.parametrize(("kind", "has_bar"), [("xterm", True), ("dumb", False)])
+def test_a_terminal_that_cannot_animate_has_lines(
+    kind: str, has_bar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display_module.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", kind)
+    assert Display(FakeLog(), 40)._progress.disable != has_bar

@@ -14,7 +14,7 @@ from _pytest.mark import ParameterSet
 
 import ray_prefopt
 from ray_prefopt.cli import COMMANDS
-from ray_prefopt.config import CPOLoss, CPOSimPOLoss, IPOLoss, SimPOLoss
+from ray_prefopt.config import CPOLoss, CPOSimPOLoss, IPOLoss, RunConfig, SimPOLoss
 from ray_prefopt.data.formats import ChatTemplate, PreferencePair, to_pair
 from ray_prefopt.data.tokenization import LengthLimits, TokenizedPair, tokenize_pairs
 from ray_prefopt.options import options, sections
@@ -279,6 +279,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in anchors, target
+
+
+def test_the_readme_says_how_often_a_run_is_saved() -> None:
+    assert f"one every {RunConfig().save_steps} steps (`run.save_steps`)" in (ROOT / "README.md").read_text()
 
 
 def test_pages_are_reached_from_the_readme() -> None:

@@ -21,6 +21,7 @@ from ray_prefopt.losses import head as head_module
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model import attention as attention_module
+from ray_prefopt.model import layout as layout_module
 from ray_prefopt.model import onednn as onednn_module
 from ray_prefopt.model.attention import NAME, packed_attention
 from ray_prefopt.model.forward import Batch, Scorer
@@ -390,6 +391,19 @@ def test_models_that_cannot(kind: str) -> None:
         ModelError, match=f"model.layout: packed is not for this model: {PADDED[kind]}; leave it auto"
     ):
         make_scorer(model, model, CONFIG.model_copy(update={"layout": "packed"}), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_log_probability_that_is_no_number_is_a_difference(side: str) -> None:
+    model = model_of("qwen2")
+    packed, padded = scorers(model)
+
+    def broken(batch: Batch) -> PairLogps:
+        logps = packed.logps(batch)
+        return replace(logps, **{side: getattr(logps, side) * torch.nan})
+
+    found = layout_module._difference(SimpleNamespace(logps=broken), padded, model, torch.float32, CPU)
+    assert found == "its log-probabilities of packed pairs differ by nan nats per token"
 
 
 @pytest.mark.parametrize("window", [6, 512])
