@@ -228,6 +228,7 @@ def test_a_torn_checkpoint_is_refused(torn: str, toy: Toy, no_workers: None) -> 
     assert text.endswith("run.on_bad_checkpoint: fallback uses the one before")
 
 
+@pytest.mark.soak
 def test_a_torn_checkpoint_is_done_without_when_told_to(torn: str, straight: TrainResult, toy: Toy) -> None:
     result = train(toy.config(name=torn, on_bad_checkpoint="fallback"))
     assert result.steps == STEPS

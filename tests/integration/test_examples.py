@@ -54,6 +54,7 @@ def test_the_tokenizer_of_the_examples_is_one_of_bytes() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_quickstart(tmp_path: Path, ray_local: None) -> None:
     config = example("quickstart.yaml", tmp_path)
     result = train(config)
@@ -203,12 +204,10 @@ def test_the_demo_learns_the_order_of_things(tmp_path: Path, ray_local: None) ->
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("script", "arguments", "steps"),
-    [
-        ("train_cpo.py", [str(EXAMPLES / "chat.jsonl")], 3),
-        pytest.param("train_simpo.py", [], 3, marks=pytest.mark.soak),
-    ],
+    [("train_cpo.py", [str(EXAMPLES / "chat.jsonl")], 3), ("train_simpo.py", [], 3)],
 )
 def test_the_documents_own_examples(
     script: str,

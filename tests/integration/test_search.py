@@ -26,9 +26,7 @@ from tests.integration.conftest import STEPS, Toy
 
 pytestmark = pytest.mark.ray
 METRIC = "eval_logps_mean/accuracies"
-GRID = SearchConfig.model_validate(
-    {"space": {"loss.beta": {"grid": [0.5, 4.0]}}, "seeds": [1, 2], "scheduler": "fifo"}
-)
+GRID = SearchConfig.model_validate({"space": {"loss.beta": {"grid": [0.5, 4.0]}}, "scheduler": "fifo"})
 
 
 def config(toy: Toy, folder: Path, **run: Any) -> TrainConfig:
@@ -51,24 +49,20 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(toy: Toy, storage: Path, ray_local: None) -> TuneResult:
-    """Two betas with two seeds each."""
     return tune(config(toy, storage), GRID)
 
 
 def test_what_a_search_leaves_behind(swept: TuneResult, toy: Toy) -> None:
     with open(f"{swept.folder}/results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["trial"] for row in rows if row["rank"] == "1"] == [
-        f"{swept.trial[:9]}-seed-1",
-        f"{swept.trial[:9]}-seed-2",
+    assert [(row["rank"], row["loss.beta"], row["status"]) for row in rows] == [
+        ("1", str(swept.point["loss.beta"]), "finished"),
+        ("2", str(4.5 - swept.point["loss.beta"]), "finished"),
     ]
-    assert {(row["loss.beta"], row["seed"], row["status"]) for row in rows} == {
-        (beta, seed, "finished") for beta in ("0.5", "4.0") for seed in ("1", "2")
-    }
-    winners = [float(row[METRIC]) for row in rows if row["rank"] == "1"]
-    assert swept.value == pytest.approx(sum(winners) / 2)
-    assert swept.std is not None
-    assert swept.trials == {"finished": 4}
+    assert (rows[0]["trial"], float(rows[0][METRIC])) == (swept.trial, swept.value)
+    assert swept.value >= float(rows[1][METRIC])
+    assert swept.std is None
+    assert swept.trials == {"finished": 2}
     assert Path(swept.report).stat().st_size > 1_000_000
     assert AutoModelForCausalLM.from_pretrained(swept.model).num_parameters() > 0
     for row in rows:
@@ -107,16 +101,11 @@ def test_a_finished_search_is_not_run_again(swept: TuneResult, toy: Toy, storage
 
 
 def test_a_trial_that_the_cluster_has_no_room_for(toy: Toy, tmp_path: Path, ray_local: None) -> None:
-    begun = time.monotonic()
-    expected = r"a trial needs 5 CPU for its 5 workers; the cluster has 4 CPU in all, after waiting 2\d s"
+    base = config(toy, tmp_path, resource_timeout_s=2)
+    large = base.model_copy(update={"run": base.run.model_copy(update={"num_workers": 5})})
+    expected = r"a trial needs 5 CPU for its 5 workers; the cluster has 4 CPU in all, after waiting \d s"
     with pytest.raises(ResourceError, match=expected):
-        tune(
-            config(toy, tmp_path).model_copy(
-                update={"run": config(toy, tmp_path).run.model_copy(update={"num_workers": 5})}
-            ),
-            GRID,
-        )
-    assert time.monotonic() - begun < 30
+        tune(large, GRID)
 
 
 def test_a_plan_without_ray(toy: Toy, tmp_path: Path) -> None:
@@ -125,7 +114,7 @@ def test_a_plan_without_ray(toy: Toy, tmp_path: Path) -> None:
         "folder": f"{tmp_path}/sweep",
         "space": {"loss.beta": {"grid": [0.5, 4.0]}},
         "recipes": {},
-        "trials": 4,
+        "trials": 2,
         "metric": METRIC,
         "scheduler": "fifo",
     }

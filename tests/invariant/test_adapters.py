@@ -95,7 +95,7 @@ def quantized(inputs: Inputs, kind: str, engine: str, **options: Any) -> TrainCo
     return inputs.config(engine, model=model, **options)
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", ["4 bits", pytest.param("8 bits", marks=pytest.mark.soak)])
 def test_every_engine_trains_and_resumes_on_quantized_weights(
     inputs: Inputs, tmp_path: Path, kind: str
 ) -> None:

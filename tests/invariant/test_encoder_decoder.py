@@ -30,7 +30,7 @@ UNHEARD = Reports(*[lambda _: None] * 5)
 FEW = ("plain", "zero 2", "zero 3", "zero 3, lora")
 
 
-@pytest.fixture(scope="module", params=["t5", "bart"])
+@pytest.fixture(scope="module", params=["t5", pytest.param("bart", marks=pytest.mark.soak)])
 def split_inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp(request.param)
     return Inputs(
