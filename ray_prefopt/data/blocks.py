@@ -23,8 +23,8 @@ from ray_prefopt.data.tokenization import TokenizedPair
 from ray_prefopt.errors import DataError, ResourceError
 from ray_prefopt.storage import write_file
 
-FORMAT = 1
-"""Version of this layout; part of the fingerprint, so that another layout is another folder."""
+FORMAT = 2
+"""Version of this layout, and of how rows become pairs; part of the fingerprint, so that another is another folder."""
 
 MANIFEST = "manifest.json"
 
