@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.engine.base import kept_buffers
 from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
-from ray_prefopt.errors import CheckpointError, ConfigError, NonFiniteError
+from ray_prefopt.errors import CheckpointError, ConfigError, NonFiniteError, suggest
 
 TAG = "engine"
 """Folder inside a checkpoint that holds DeepSpeed's files."""
@@ -58,17 +58,42 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+class _Asked(dict[str, Any]):
+    """A dict that knows which keys were looked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.names: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
 def check_ds_config(ds_config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a value of engine.deepspeed that DeepSpeed refuses by its name."""
+    """Raises ConfigError for a value of engine.deepspeed that DeepSpeed refuses, and for a key it does not read."""
+    asked = _Asked(ds_config)
     try:
         with _quiet():
-            DeepSpeedConfig(dict(ds_config))
+            DeepSpeedConfig(asked)
     except ValidationError as error:
         found = error.errors()[0]
         name = ".".join(map(str, found["loc"]))
         raise ConfigError(
             f"engine.deepspeed: DeepSpeed does not take {name} {found['input']!r} ({found['msg']})"
         ) from error
+    except Exception as error:  # of whatever kind an option's own check raises
+        raise ConfigError(f"engine.deepspeed: DeepSpeed does not take it: {error}") from error
+    for name in ds_config.keys() - asked.names:
+        raise ConfigError(f"engine.deepspeed: DeepSpeed has no option {name}.{suggest(name, asked.names)}")
 
 
 def sharded_construction(ds_config: Mapping[str, Any]) -> HfDeepSpeedConfig:
