@@ -110,15 +110,11 @@ def script(name: str) -> Any:
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "flags", "weights"),
     [
-        pytest.param(
-            "cpo.py",
-            ["--loss_type", "simpo", "--cpo_alpha", "0.05"],
-            "model.safetensors",
-            marks=pytest.mark.soak,
-        ),
+        ("cpo.py", ["--loss_type", "simpo", "--cpo_alpha", "0.05"], "model.safetensors"),
         ("simpo.py", ["--use_peft", "--lora_r", "4", "--beta", "2.5"], "adapter_model.safetensors"),
     ],
 )

@@ -175,6 +175,7 @@ def write_wheel(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.soak
 def test_a_job_that_fails_says_so(head: Head, toy: Toy, tmp_path: Path) -> None:
     """Sent by the script, which builds the wheel, and leaves nothing behind."""
     config = write_config(toy, tmp_path, name="failing", global_batch=4096)
