@@ -24,14 +24,21 @@ def number_of_points(space: Space, search: SearchConfig) -> int:
         return search.trials
     has_grid = len(space.grid()) > 1
     number = len(first_points(space, search)) if has_grid else DEFAULT_TRIALS
-    return min(number, space.size or number) if search.scheduler == "pbt" else number
+    return min(number, space.size or number)
 
 
 def first_points(space: Space, search: SearchConfig) -> list[Point]:
-    """What is tried first, each once: the user's points, the published recipes, every combination of the grids."""
+    """What is tried first, each once: the user's points, the published recipes, every combination of the grids.
+
+    Of a space that has no more points than there are trials all are, those that the user's and the recipes are part of
+    before the others.
+    """
     wanted = [*search.points, *(dict(recipe.values) for recipe in space.recipes)]
-    grid = space.grid()
-    wanted += grid if grid != [{}] else []
+    points = space.points()
+    if points is not None and len(points) <= (search.trials or DEFAULT_TRIALS):
+        wanted = [point for part in wanted for point in points if part.items() <= point.items()] + points
+    elif (grid := space.grid()) != [{}]:
+        wanted += grid
     return [point for index, point in enumerate(wanted) if point not in wanted[:index]]
 
 
@@ -135,11 +142,10 @@ class Points(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         attempt = self._progress.live.get(trial_id)
         if attempt is not None and len(self._seeds) == 1 and math.isfinite(result.get("score", math.nan)):
-            trial = optuna.Trial(self._study, self._id_of(attempt.number))
-            trial.report(result["score"], step=int(result["step_of_run"]))
-
-    def _id_of(self, number: int) -> int:
-        return next(trial._trial_id for trial in self._study.trials if trial.number == number)
+            known = self._study.trials[attempt.number]
+            if not known.state.is_finished():  # as it may be where Tune's snapshot is older than the study
+                trial = optuna.Trial(self._study, known._trial_id)
+                trial.report(result["score"], step=int(result["step_of_run"]))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -123,7 +124,9 @@ def at_the_edge(found: Findings) -> list[tuple[str, float, str]]:
 def command(found: Findings) -> str:
     """What trains the winner anew."""
     assert found.best is not None
-    flags = " ".join(f"--{name} {show_exactly(value)}" for name, value in found.best.point.items())
+    flags = shlex.join(
+        word for name, value in found.best.point.items() for word in (f"--{name}", show_exactly(value))
+    )
     return f"ray-prefopt train -c best_config.yaml    # or the base config with {flags}"
 
 
@@ -140,10 +143,12 @@ def next_space(found: Findings) -> tuple[str, str] | None:
     lines = []
     for name, dimension in found.space.dimensions.items():
         values = [group.point[name] for group in top if name in group.point]
-        if dimension.bounds is None or len(values) < 2 or min(values) == max(values):
+        if dimension.bounds is None or len(values) < 2:
             continue
         kind = next(kind for kind in ("uniform", "loguniform", "quniform") if getattr(dimension, kind))
         ends = [float(f"{min(values):.3g}"), float(f"{max(values):.3g}"), *(getattr(dimension, kind)[2:])]
+        if ends[0] == ends[1]:
+            continue
         lines.append(f"    {name}: {{{kind}: {json.dumps(ends)}}}")
     if not lines:
         return None

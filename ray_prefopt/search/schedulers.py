@@ -1,6 +1,5 @@
 """Tune's schedulers, in a unit of time that is the share of a run that every trial may take."""
 
-import json
 import math
 import random
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from typing import Any
 
 from ray.tune import schedulers
 
-from ray_prefopt.search.space import Space, draw
+from ray_prefopt.search.space import Space, draw, nearest_step
 from ray_prefopt.search_config import Dimension, SearchConfig
 
 RESAMPLED = 0.25
@@ -36,16 +35,20 @@ def make_scheduler(space: Space, search: SearchConfig) -> schedulers.TrialSchedu
         return schedulers.PopulationBasedTraining(
             **own,
             perturbation_interval=1,
-            custom_explore_fn=lambda config: explore(config, space, search.seed),
+            custom_explore_fn=Explorer(space, search.seed),
             log_config=False,
         )
     return schedulers.FIFOScheduler()
 
 
-def explore(config: dict[str, Any], space: Space, seed: int) -> dict[str, Any]:
-    """The config of a trial that copies another, whose config this is: a point near the other's."""
-    rng = random.Random(f"{seed} {json.dumps(config['point'], sort_keys=True)}")
-    return {**config, "point": perturbed(config["point"], space.dimensions, rng)}
+class Explorer:
+    """Makes the config of a trial that copies another from the other's: a point near it, each time another one."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space, self._rng = space, random.Random(seed)
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, "point": perturbed(config["point"], self._space.dimensions, self._rng)}
 
 
 def perturbed(
@@ -66,6 +69,5 @@ def _near(value: Any, dimension: Dimension, rng: random.Random) -> Any:
     low, high = dimension.bounds
     moved = min(max(value * rng.choice(FACTORS), low), high)
     if dimension.quniform:
-        step = dimension.quniform[2]
-        moved = low + step * round((moved - low) / step)
+        return nearest_step((moved - low) / dimension.quniform[2], *dimension.quniform)
     return moved

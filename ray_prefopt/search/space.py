@@ -107,11 +107,16 @@ class Space:
     @property
     def size(self) -> int | None:
         """How many points there are; None where they are too many to count."""
+        points = self.points()
+        return None if points is None else len(points)
+
+    def points(self) -> list[Point] | None:
+        """All of them; None where they are too many."""
         lists = {name: _all_values(dimension) for name, dimension in self.dimensions.items()}
         known = {name: values for name, values in lists.items() if values is not None}
         if len(known) < len(lists) or math.prod(map(len, known.values())) > COUNTED:
             return None
-        return len(self._combined(known))
+        return self._combined(known)
 
     def _combined(self, lists: Mapping[str, list[Any]]) -> list[Point]:
         """Every combination of some values, each once, and of each what has a meaning beside those before it."""
@@ -133,9 +138,17 @@ class Space:
             [{name: value} for value in each.values or []] + ([{}] if each.when else [])
             for name, each in dimensions.items()
         ]
+        known = [
+            name
+            for name, each in dimensions.items()
+            if not any(other in self.dimensions and other not in dimensions for other in each.when)
+        ]
         seen = []
         for parts in product(*values):
-            config = self.config_at({name: value for part in parts for name, value in part.items()})
+            point = {name: value for part in parts for name, value in part.items()}
+            if any((name in point) != self.applies(name, point) for name in known):
+                continue
+            config = self.config_at(point)
             key = (config.data, config.model.tokenizer_path)
             if key not in seen:
                 seen.append(key)
@@ -243,17 +256,29 @@ def draw(dimension: Dimension, rng: random.Random) -> Any:
     if dimension.loguniform:
         return min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)
     if dimension.quniform:
-        step = dimension.quniform[2]
-        return low + step * rng.randint(0, math.floor((high - low) / step + 1e-9))
+        return nearest_step(rng.randint(0, steps(*dimension.quniform)), *dimension.quniform)
     return rng.uniform(low, high)
+
+
+def steps(low: float, high: float, step: float) -> int:
+    """How many there are in a range."""
+    return math.floor((high - low) / step + 1e-9)
+
+
+def nearest_step(number: float, low: float, high: float, step: float) -> float:
+    """The value that many steps above the lowest, or the last one.
+
+    >>> nearest_step(3, 0.0, 0.3, 0.1), nearest_step(4.9, 0.0, 0.49, 0.1)
+    (0.3, 0.4)
+    """
+    return min(low + step * min(round(number), steps(low, high, step)), high)
 
 
 def _all_values(dimension: Dimension) -> list[Any] | None:
     """Of a list, or of a range with steps; None where there is no end of them."""
     if dimension.quniform is None:
         return dimension.values
-    low, high, step = dimension.quniform
-    return [low + step * index for index in range(math.floor((high - low) / step + 1e-9) + 1)]
+    return [nearest_step(number, *dimension.quniform) for number in range(steps(*dimension.quniform) + 1)]
 
 
 def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:

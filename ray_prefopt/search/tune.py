@@ -133,6 +133,7 @@ def describe_search(config: TrainConfig, search: SearchConfig) -> dict[str, Any]
     space = make_space(config, search)
     metric, _ = check_metric(config, search, set(space.dimensions))
     plan = _describe_trial(config)
+    _refuse_a_run(f"{config.run.storage_path}/{config.run.name}", config)
     dimensions = {name: item.model_dump(exclude_defaults=True) for name, item in space.dimensions.items()}
     return {
         "search": {
@@ -174,26 +175,40 @@ def _seeds(config: TrainConfig, search: SearchConfig) -> list[int]:
     return search.seeds or [config.run.seed]
 
 
+def _refuse_a_run(folder: str, config: TrainConfig) -> None:
+    """Raises ConfigError when the search's folder is that of a run of `train`."""
+    fs, path = url_to_fs(folder)
+    if fs.exists(f"{path}/config.json") and not config.run.force_new:
+        raise ConfigError(
+            f"{folder} is the folder of a run of `train`: give the search another run.name, or run.force_new, which "
+            "moves that run aside"
+        )
+
+
 def _claim(folder: str, config: TrainConfig, search: SearchConfig, *, resume: bool) -> None:
     """Make the search's folder, with its config in it. Raises ConfigError when it is another's."""
+    if resume and config.run.force_new:
+        raise ConfigError(
+            "--resume goes on with a search, and run.force_new begins it anew: leave one of them out"
+        )
+    _refuse_a_run(folder, config)
     fs, path = url_to_fs(folder)
     whole = TuneConfig(**{name: getattr(config, name) for name in TrainConfig.model_fields}, search=search)
     body = json.loads(whole.model_dump_json())
-    if fs.exists(f"{path}/search.json"):
-        if resume:
-            may_change = {f"run.{name}" for name in MAY_CHANGE} | MAY_CHANGE_IN_SEARCH
-            differing = differences(json.loads(fs.cat_file(f"{path}/search.json")), body, may_change)
-            if differing:
-                raise ConfigError(
-                    f"search {config.run.name!r} in {folder} was begun otherwise: {'; '.join(differing)}. "
-                    "Use its values to resume it, or another run.name"
-                )
-        elif config.run.force_new:
-            move_aside(fs, path)
-        else:
+    if config.run.force_new:
+        move_aside(fs, path)
+    elif fs.exists(f"{path}/search.json"):
+        if not resume:
             raise ConfigError(
                 f"search {config.run.name!r} is in {folder} already: --resume goes on with it, run.force_new moves it "
                 "aside, another run.name leaves it alone"
+            )
+        may_change = {f"run.{name}" for name in MAY_CHANGE} | MAY_CHANGE_IN_SEARCH
+        differing = differences(json.loads(fs.cat_file(f"{path}/search.json")), body, may_change)
+        if differing:
+            raise ConfigError(
+                f"search {config.run.name!r} in {folder} was begun otherwise: {'; '.join(differing)}. "
+                "Use its values to resume it, or another run.name"
             )
     fs.makedirs(path, exist_ok=True)
     write_text(fs, f"{path}/search.json", json.dumps(body, indent=1))

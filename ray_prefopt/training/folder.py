@@ -94,10 +94,15 @@ def write_config(config: TrainConfig, folder: str) -> None:
 
 
 def refuse_other_config(config: TrainConfig, folder: str) -> None:
-    """Raises ConfigError when the folder has checkpoints of another config."""
+    """Raises ConfigError when the folder has checkpoints of another config, or a search."""
+    fs, path = url_to_fs(folder)
+    if fs.exists(f"{path}/search.json"):
+        raise ConfigError(
+            f"{folder} is the folder of a search: give the run another run.name, or run.force_new, which moves the "
+            "search aside"
+        )
     if not has_checkpoints(f"{folder}/checkpoints"):
         return
-    fs, path = url_to_fs(folder)
     sizes = {"micro_batch", "micro_batch_tokens"} if config.run.auto_find_batch_size else set()
     may_change = {f"run.{name}" for name in MAY_CHANGE | sizes}
     old, new = json.loads(fs.cat_file(f"{path}/config.json")), config.model_dump(mode="json")

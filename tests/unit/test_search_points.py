@@ -156,3 +156,27 @@ def test_a_search_at_its_end_can_be_gone_on_with() -> None:
     generator = Generator(points(asked))
     generator.set_state({"counter": 1, "total_samples": 5, "finished": True, "experiment": None})
     assert not generator.is_finished()
+
+
+def test_every_point_of_a_space_with_few_is_tried_once() -> None:
+    """Those that the user asks for come first; to draw them would repeat some and miss others."""
+    space = {"loss.beta": {"choice": [1, 2, 3]}, "loss.label_smoothing": {"quniform": [0, 0.3, 0.3]}}
+    asked = search(space=space, points=[{"loss.beta": 3}])
+    given = [config["point"] for config in run_all(points(asked), near_three)]
+    assert len(given) == len({json.dumps(point) for point in given}) == 6
+    assert [point["loss.beta"] for point in given] == [3, 3, 1, 1, 2, 2]
+
+
+def test_a_search_goes_on_though_its_study_is_ahead_of_its_snapshot(tmp_path: Path) -> None:
+    """Killed between the end of a trial, which the study hears of at once, and Tune's next snapshot."""
+    asked, url = search(space=BETA, trials=4), f"sqlite:///{tmp_path}/study"
+    first = points(asked, url=url)
+    first.suggest("t0")
+    first.save(str(tmp_path / "snapshot"))
+    first.on_trial_complete("t0", {"score": 0.5, "time": 1, "step_of_run": 1})
+    again = points(asked, url=url)
+    again.restore(str(tmp_path / "snapshot"))
+    again.on_trial_result("t0", {"score": 0.6, "time": 2, "step_of_run": 2})
+    again.on_trial_complete("t0", {"score": 0.6, "time": 2, "step_of_run": 2, "finished": True})
+    assert again._study.trials[0].state == TrialState.PRUNED
+    assert again.suggest("t1")["name"] == "trial-001"

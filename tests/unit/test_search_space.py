@@ -11,7 +11,7 @@ from ray_prefopt.config import CPOLoss, SimPOLoss, TrainConfig
 from ray_prefopt.errors import ConfigError
 from ray_prefopt.search.measure import Measure, check_metric
 from ray_prefopt.search.points import first_points, number_of_points
-from ray_prefopt.search.schedulers import explore, perturbed
+from ray_prefopt.search.schedulers import Explorer, perturbed
 from ray_prefopt.search.space import make_space
 from ray_prefopt.search.tune import _population
 from ray_prefopt.search_config import Dimension, SearchConfig
@@ -235,6 +235,20 @@ def test_tokens_are_prepared_for_where_a_field_does_not_apply() -> None:
     assert {config.data.max_length for config in space.data_variants()} == {192, 224, 600}
 
 
+def test_tokens_are_prepared_for_points_that_there_are_alone() -> None:
+    """A prompt of 128 tokens would not fit in 96."""
+    prompts = {"choice": [64, 128], "when": {"data.max_length": 256}}
+    space = make_space(
+        base(data={"train": "a", "eval": "b", "max_length": 256, "max_prompt_length": 32}),
+        search(space={"data.max_length": {"choice": [96, 256]}, "data.max_prompt_length": prompts}),
+    )
+    assert [(config.data.max_length, config.data.max_prompt_length) for config in space.data_variants()] == [
+        (96, 32),
+        (256, 64),
+        (256, 128),
+    ]
+
+
 def test_each_way_of_making_tokens_is_prepared() -> None:
     space = make_space(
         base(),
@@ -316,10 +330,28 @@ def test_a_copied_point_is_perturbed_within_its_space() -> None:
     assert {near["loss.cpo_alpha"] for near in found} == {0.1, 0.5, 1.0}
 
 
-def test_exploring_changes_the_point_alone_and_is_the_same_each_time() -> None:
+@pytest.mark.parametrize("quniform", [(0, 0.49, 0.1), (0, 0.3, 0.1)])
+def test_values_stay_on_steps_and_in_their_range(quniform: tuple[float, float, float]) -> None:
+    """Neither rounding up nor what is lost in sums of decimals leads out of it."""
+    dimensions = {"loss.label_smoothing": Dimension(quniform=quniform)}
+    rng = random.Random(0)
+    point, seen = {"loss.label_smoothing": 0.2}, set()
+    for _ in range(200):
+        point = perturbed(point, dimensions, rng)
+        seen.add(point["loss.label_smoothing"])
+    last = int(quniform[1] * 10)
+    assert sorted(seen) == pytest.approx([number / 10 for number in range(last + 1)])
+    assert max(seen) <= quniform[1]
+    steps = optuna.distributions.FloatDistribution(0, quniform[1], step=0.1)
+    assert all(steps._contains(value) for value in seen)
+
+
+def test_exploring_changes_the_point_alone_each_time_otherwise() -> None:
+    """Two trials that copy the same one would else go on as the very same run."""
     space = make_space(base(), search(space={"loss.beta": {"uniform": [1, 10]}}))
     config = {"point": {"loss.beta": 4.0}, "seed": 3}
-    found = explore(config, space, seed=1)
-    assert found["seed"] == 3
-    assert found["point"] != config["point"]
-    assert json.dumps(found) == json.dumps(explore(config, space, seed=1))
+    explorer = Explorer(space, 1)
+    found = [explorer(config) for _ in range(8)]
+    assert {copied["seed"] for copied in found} == {3}
+    assert all(copied["point"] != config["point"] for copied in found)
+    assert len({copied["point"]["loss.beta"] for copied in found}) > 2
