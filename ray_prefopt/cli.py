@@ -1,7 +1,7 @@
 """The `ray-prefopt` command. It imports the config alone; each command imports what it needs, when it is run.
 
 Exit codes: 0 done; 1 the run failed; 2 wrong usage or config; 3 data or model; 4 resources, storage or checkpoint;
-130 interrupted, and resumable with the command that is printed.
+130 interrupted, and resumable with the command that is printed; 141 when nobody reads the output to its end.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -158,13 +159,18 @@ def _parcel(args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any]]:
             f"run.storage_path {config.run.storage_path} would be in a folder that goes with the job: "
             "give a path or URI that all nodes see"
         )
+    if args.wheel is not None and not zipfile.is_zipfile(args.wheel):
+        raise ConfigError(f"--wheel {args.wheel} is no wheel: build one with `pip wheel --no-deps .`")
+    if args.working_dir is not None and not args.working_dir.is_dir():
+        raise ConfigError(f"--working-dir {args.working_dir} is no folder")
     files = {f"config-{index}{path.suffix}": path for index, path in enumerate(inner.config)}
     own = [word for word in split_flags(given)[0] if word != "--"]
     command = [name, *_with_files(own, list(files)), *inner.flags]
     run = config.run.name or f"{config.loss.kind}-{datetime.now():%Y%m%d-%H%M%S}"
     if name in ("train", "tune"):
         command += [] if config.run.name else [f"--run.name={run}"]
-        command += ["--resume"] if name == "tune" and not inner.resume else []
+        goes_on = name == "tune" and not inner.resume and not config.run.force_new
+        command += ["--resume"] if goes_on else []
     else:
         run = f"{run}-{name}"
     return files, {
@@ -485,23 +491,41 @@ def _not_an_argument(word: str, parser: argparse.ArgumentParser, *, reads_config
 
 # --- Running ---
 
+UNHEARD = 141
+"""Exit code of a command whose output nobody reads to its end: 128 and the number of SIGPIPE, as shells have it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `arguments` are those of the process when not given."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _stdout_of_results("--json" in given) as out:
-        try:
-            return _dispatch(given, out)
-        except PrefoptError as error:
-            if not {"-v", "--verbose"}.isdisjoint(given):
-                traceback.print_exc()
-            return _fail(error, str(error), error.exit_code, given, out)
-        except KeyboardInterrupt as error:
-            again = shlex.join(["ray-prefopt", *given, *error.args])
-            return _fail(error, f"interrupted; go on with: {again}", 130, given, out)
-        except Exception as error:
+    try:
+        with _stdout_of_results("--json" in given) as out:
+            code = _answer(given, out)
+            print(end="", file=out, flush=True)
+            return code
+    except BrokenPipeError:  # who reads has heard enough, as `head` has
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what Python would still write at its end
+        return UNHEARD
+
+
+def _answer(given: Sequence[str], out: TextIO) -> int:
+    """Run one command and say what went wrong, if anything."""
+    try:
+        return _dispatch(given, out)
+    except BrokenPipeError:
+        raise
+    except PrefoptError as error:
+        if not {"-v", "--verbose"}.isdisjoint(given):
             traceback.print_exc()
-            return _fail(error, f"{type(error).__name__}: {error}", 1, given, out)
+        return _fail(error, str(error), error.exit_code, given, out)
+    except KeyboardInterrupt as error:
+        again = shlex.join(["ray-prefopt", *given, *error.args])
+        return _fail(error, f"interrupted; go on with: {again}", 130, given, out)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(error, f"{type(error).__name__}: {error}", 1, given, out)
 
 
 def _dispatch(given: Sequence[str], out: TextIO) -> int:
@@ -528,7 +552,7 @@ def _dispatch(given: Sequence[str], out: TextIO) -> int:
 @contextmanager
 def _stdout_of_results(as_json: bool) -> Iterator[TextIO]:
     """Stdout for results; with --json whatever else would be printed, also by child processes, goes to stderr."""
-    if not as_json:
+    if not as_json or sys.stdout is None:  # it is closed
         yield sys.stdout
         return
     sys.stdout.flush()

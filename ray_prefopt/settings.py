@@ -159,7 +159,9 @@ def _read_file(file: str | Path) -> _File:
             )
         _check_keys(root, str(path))
         values = loader.construct_document(root)
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # such as a tag of another type than its value
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
@@ -326,7 +328,8 @@ def _parse_value(flag: _Flag) -> Any:
     if text == "null":
         return None
     if option is not None and option.takes(str):
-        is_mapping = option.is_mapping and isinstance(parse_scalar(text), Mapping)
+        may_be_mapping = option.is_mapping or option.is_section
+        is_mapping = may_be_mapping and isinstance(parse_scalar(text), Mapping)
         return _parse_mapping(flag.typed, text) if is_mapping else _parse_json(text)
     if option is not None and option.is_list:
         is_whole = text.startswith("[") or not (option.grows or "," in text)

@@ -54,7 +54,8 @@ class Jobs:
 
     def __init__(self, address: str | None) -> None:
         """`address` is the dashboard's; when not given, Ray's RAY_API_SERVER_ADDRESS or the cluster of this machine."""
-        self._address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+        asked = address or os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+        self._address = asked if asked == "auto" or "://" in asked else f"http://{asked}"
         self._client: JobSubmissionClient = self._ask(lambda: JobSubmissionClient(self._address))
 
     def submit(self, parcel: Parcel) -> str:

@@ -1,6 +1,7 @@
 """The command as a user meets it: what it prints and where, its exit codes, and how soon."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -346,6 +347,22 @@ def test_with_json_nothing_else_is_on_stdout(tmp_path: Path) -> None:
     )
     assert (done.returncode, json.loads(done.stdout)) == (0, {"done": True})
     assert {"noise", "child"} <= set(done.stderr.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["config", "schema", "--json"]])
+def test_output_that_nobody_reads_is_no_error(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ray_prefopt", *arguments]
+    done = subprocess.run(command, cwd=root(), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    command = f"{sys.executable} -m ray_prefopt config schema --json >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=root(), stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- Failures ---

@@ -72,6 +72,8 @@ def test_files_travel_under_names_of_their_own(parcel: Callable[[str], Parcel]) 
         ("tune -c run.yaml --search.preset simpo", "first", "tune -c config-0.yaml --search.preset=simpo --resume"),
         ("tune --resume -c run.yaml --search.preset simpo", "first", "tune --resume -c config-0.yaml "
          "--search.preset=simpo"),
+        ("tune -c run.yaml --run.force_new true --search.preset simpo", "first", "tune -c config-0.yaml "
+         "--run.force_new=true --search.preset=simpo"),
         ("tokenize -c run.yaml", "first-tokenize", "tokenize -c config-0.yaml"),
         (
             "evaluate org/m --data.eval e.jsonl --run.storage_path s3://b/runs",
@@ -86,7 +88,8 @@ def test_a_retry_is_the_same_run(parcel: Callable[[str], Parcel], line: str, run
     assert " ".join(sent.command) == command.replace("RUN", sent.run)
 
 
-def test_what_else_is_sent(parcel: Callable[[str], Parcel]) -> None:
+def test_what_else_is_sent(parcel: Callable[[str], Parcel], folder: Path) -> None:
+    zipfile.ZipFile("w.whl", "w").close()
     sent = parcel(
         'submit --wheel w.whl --working-dir . --env A=1 --env B=x=y --cpus 2 --resources {"a":1} -- train -c run.yaml'
     )
@@ -113,6 +116,11 @@ def test_what_else_is_sent(parcel: Callable[[str], Parcel]) -> None:
         ),
         ("submit --env A -- train -c run.yaml", "--env A has no value: --env NAME=VALUE"),
         (
+            "submit --wheel run.yaml -- train -c run.yaml",
+            "--wheel run.yaml is no wheel: build one with `pip wheel --no-deps .`",
+        ),
+        ("submit --working-dir nowhere -- train -c run.yaml", "--working-dir nowhere is no folder"),
+        (
             "submit --env HF_TOKEN=x -- train -c run.yaml",
             "--env HF_TOKEN: everybody who reaches the cluster's job server can read what a job brings; "
             "set secrets in the environment of the nodes",
@@ -131,8 +139,9 @@ def test_what_is_wrong_is_said_here(
     assert capsys.readouterr() == ("", f"error: {message}\n")
 
 
-def test_a_cluster_that_there_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--address", "http://127.0.0.1:9"]) == 4
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9"])
+def test_a_cluster_that_there_is_not(folder: Path, capsys: pytest.CaptureFixture[str], address: str) -> None:
+    assert main(["status", "--address", address]) == 4
     assert capsys.readouterr().err == (
         "error: no job server at http://127.0.0.1:9 (ConnectionError): give the dashboard's address with --address, "
         "as http://HEAD:8265\n"

@@ -178,6 +178,11 @@ def test_named_evaluation_sets() -> None:
     assert flags("--data.eval", '{"chat": "x.jsonl", "code": "y.jsonl"}').data.eval == expected
 
 
+def test_a_source_as_a_mapping() -> None:
+    plain, limited = flags("--data.train", "{path: b.jsonl, rows: 5}").data.train_sources
+    assert (plain.path, limited.path, limited.rows) == ("a.jsonl", "b.jsonl", 5)
+
+
 def test_values_that_look_like_something_else() -> None:
     assert flags("--data.chat_template", "{{ messages, 1 }}").data.chat_template == "{{ messages, 1 }}"
     assert flags("--run.name", "2026").run.name == "2026"
@@ -452,6 +457,10 @@ def test_the_file_that_had_the_last_word_is_named(folder: Path) -> None:
         ("a: *b\n", "run.yaml:1: this is not YAML: found undefined alias 'b'; check indentation"),
         ("a: &b {c: *b}\n", "config file run.yaml: an alias stands inside of what it names; write it out"),
         ("a: \x01\n", "run.yaml: this is not YAML"),
+        (
+            "a: !!float b\n",
+            "run.yaml: this is not YAML: could not convert string to float: 'b'; check indent",
+        ),
         ("a: 1\n---\nb: 2\n", "run.yaml:2: this is not YAML: but found another document"),
     ],
 )
