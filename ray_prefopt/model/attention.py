@@ -46,6 +46,9 @@ def packed_attention(
     Nothing is read of what comes for the first `unread` tokens of each pair. Without `segments` it is transformers'
     `sdpa`. Raises NotImplementedError for what it would have to leave out.
     """
+    is_ours = attention_mask is not None and attention_mask.numel() == 1  # what packed pairs come with
+    if segments is None and is_ours and query.shape[2] > 1:
+        raise NotImplementedError("its layers do not hand on what they are given")
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     others["dropout"] = others.get("dropout") or None
@@ -54,6 +57,10 @@ def packed_attention(
     ]
     if unknown:
         raise NotImplementedError(f"packed attention has no {' and no '.join(unknown)}")
+    if attention_mask is not None and not is_ours:
+        raise NotImplementedError("packed attention has no mask of the model's own")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError("its attention is not causal")
     if sliding_window is None and _slides_by_mask(module):
         raise NotImplementedError("packed attention is not told of its sliding window")
     kind = query.device.type
@@ -79,6 +86,8 @@ def packed_attention(
 
 def _slides_by_mask(module: nn.Module) -> bool:
     """Whether a layer has a window, which a model that does not hand it on has in its masks."""
+    if getattr(module, "is_sliding", None) is False:  # it keeps the window of the layers that slide
+        return False
     if getattr(module, "sliding_window", None) is not None:
         return True
     config = getattr(module, "config", None)

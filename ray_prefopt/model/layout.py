@@ -23,6 +23,8 @@ from ray_prefopt.model.onednn import linear
 
 TOLERANCE = {torch.float32: 1e-3}
 """Nats per token by which two layouts may differ in rounding; 0.1 in half precision."""
+POWER_OF_SCALING = {"hyperclovax": 1, "minicpm3": 0}
+"""Of `logits_scaling` in what a head makes; others, as Granite, divide by it. MiniCPM3 divides what its head gets."""
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -77,6 +79,9 @@ def obstacle_of(model: nn.Module, config: ModelConfig) -> str | None:
         "it caps its attention scores": getattr(text, "attn_logit_softcapping", None) is not None,
         "its dropout is on": any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.modules())
         or bool(getattr(text, "attention_dropout", 0.0)),
+        "its router is noisy": any(
+            getattr(text, name, 0) for name in ("router_jitter_noise", "input_jitter_noise")
+        ),
         "its router's loss counts tokens": bool(getattr(text, "output_router_logits", False)),
         "model.neftune_noise_alpha is on": bool(config.neftune_noise_alpha),
         "model.compile is on": config.compile is not None,
@@ -96,7 +101,8 @@ def head_of(model: nn.Module) -> Head | None:
     if type(module) is not nn.Linear:
         return None
     text = base.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    scaling = getattr(text, "logits_scaling", None) or 1.0
+    scale = getattr(text, "logit_scale", None) or scaling ** POWER_OF_SCALING.get(text.model_type, -1)
     return Head(module, float(scale), getattr(text, "final_logit_softcapping", None), linear)
 
 

@@ -44,19 +44,29 @@ DROPOUTS = (
 )
 PACKED = (
     "llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt", "cohere", "granite",
-    "deepseek_v3",
+    "deepseek_v3", "minicpm3", "hyperclovax",
 )  # fmt: skip
 LATENT: dict[str, Any] = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "num_key_value_heads": 4, "first_k_dense_replace": 9,
 }  # fmt: skip
 """Keys are twice as wide as values."""
-FORMS = {**FAMILIES, **MODELS, "deepseek_v3": LATENT}
+FORMS = {
+    **FAMILIES,
+    **MODELS,
+    "deepseek_v3": LATENT,
+    "minicpm3": LATENT | {"dim_model_base": 28},
+    "hyperclovax": {"logits_scaling": 0.8},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
 PADDED = {
     "gemma2": "it caps its attention scores",
     "bloom": "it takes no position_ids",
     "t5": "it is an encoder-decoder",
     "mixtral": "its router's loss counts tokens",
+    "doge": "a packed batch fails: packed attention has no mask of the model's own",
+    "nemotron": "a packed batch fails: its layers do not hand on what they are given",
+    "bert": "a packed batch fails: its attention is not causal",
 }
 LOSSES: tuple[LossConfig, ...] = (
     SimPOLoss(cpo_alpha=0.7),
@@ -433,6 +443,15 @@ def test_a_window_is_that_of_the_layer_or_of_all_layers() -> None:
     assert attention_module._slides_by_mask(layer)
 
 
+def test_a_window_that_other_layers_have() -> None:
+    """EXAONE 4 keeps it on every layer, and hands it on where it slides."""
+    layers = ["sliding_attention", "full_attention"]
+    model, pairs = model_of("exaone4", sliding_window=8, layer_types=layers), pairs_of(4, seed=3)
+    packed, padded = scorers(model)
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -450,6 +469,8 @@ def test_architectures_that_cannot() -> None:
     assert obstacle_of(model, CONFIG) is None
     model.config.layer_types = ["full_attention", "chunked_attention"]
     assert obstacle_of(model, CONFIG) == "it has layers of chunked_attention"
+    noisy = model_of("mixtral", output_router_logits=False, router_jitter_noise=0.1)
+    assert obstacle_of(noisy, CONFIG) == "its router is noisy"
     dropping = model_of("gpt2")
     dropping.transformer.drop.p = 0.1
     assert obstacle_of(dropping, CONFIG) == "its dropout is on"
