@@ -28,6 +28,8 @@ PROMPTS = ("question", "instruction", "query", "input", "problem")
 """Names of columns that hold prompts elsewhere."""
 IMPLICIT = ""
 """The column of a prompt that is what both completions begin with."""
+OF_TEMPLATES = frozenset({"tools", "chat_template_kwargs"})
+"""Columns that chat templates are given besides."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -216,11 +218,11 @@ def _conversations(
         prompt = _messages(row, names["prompt"])
     else:
         # A prompt that is text repeats the first user turn of both lists (UltraFeedback), or stands for it.
+        begin_with_answers = all(lines and lines[0]["role"] == "assistant" for lines in (chosen, rejected))
         turns = _shared_turns(chosen, rejected)
         prompt, chosen, rejected = chosen[:turns], chosen[turns:], rejected[turns:]
-        answers_only = all(messages and messages[0]["role"] == "assistant" for messages in (chosen, rejected))
-        if not prompt and answers_only and prompt_value is not None:
-            prompt = [{"role": "user", "content": _text(row, names["prompt"])}]
+        if begin_with_answers and prompt_value is not None:
+            prompt = [{"role": "user", "content": _text(row, names["prompt"])}, *prompt]
 
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(message.get("content") or message.get("tool_calls") for message in messages):
@@ -308,8 +310,10 @@ def _rendered(
     `official`: the responses begin with it, as in princeton-nlp/SimPO; being cut out of whole conversations,
     they hold neither a default system prompt nor a second BOS.
     """
-    name = "continue_final_message" if prompt[-1]["role"] == "assistant" else "add_generation_prompt"
-    ending = {name: True} if assistant_header == "trl" else {}
+    last = prompt[-1]
+    name = "continue_final_message" if last["role"] == "assistant" else "add_generation_prompt"
+    is_bare_call = last["role"] == "assistant" and not last.get("content")  # it has no text to be continued
+    ending = {name: True} if assistant_header == "trl" and not is_bare_call else {}
     try:
         before = render(prompt, **ending)
         with_chosen, with_rejected = render(prompt + chosen), render(prompt + rejected)

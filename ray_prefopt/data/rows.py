@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from ray_prefopt.data.formats import Skipped
+from ray_prefopt.data.formats import OF_TEMPLATES, Skipped
 from ray_prefopt.errors import DataError
 
 CHUNK_BYTES = 16 << 20
@@ -205,6 +205,12 @@ def _elements(text: str, path: str) -> Iterator[str]:
                 f"{path} is not a JSON array: expected ',' or ']' at character {position}, got "
                 f"{reprlib.repr(text[position : position + 20])}; repair it, or write one object per line"
             )
+    end = _skip(text, position + 1)
+    if end < len(text):
+        raise DataError(
+            f"{path} goes on after its JSON array, at character {end}: {reprlib.repr(text[end : end + 20])}; make it "
+            "one array, or write one object per line"
+        )
 
 
 def _skip(text: str, position: int) -> int:
@@ -290,20 +296,28 @@ def _batch_rows(batches: Iterator[pa.RecordBatch], names: Sequence[str]) -> Iter
 
 
 def _python_rows(batch: pa.RecordBatch) -> list[Row]:
+    kinds = {field.name: field.type for field in batch.schema}
     try:
-        return [{name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()]
+        return [
+            {name: _as_written(value, kinds[name]) for name, value in row.items()}
+            for row in batch.to_pylist()
+        ]
     except ValueError as error:  # text that is no UTF-8, or a date that Python has not
         if batch.num_rows == 1:
             return [Skipped("malformed_row", str(error))]
         return [row for index in range(batch.num_rows) for row in _python_rows(batch.slice(index, 1))]
 
 
-def _without_nulls(value: Any) -> Any:
-    """Without the null fields inside, which Arrow adds wherever another row has a value."""
+def _as_written(value: Any, kind: pa.DataType) -> Any:
+    """A value as it would stand in a line of JSON: parsed where Arrow keeps it as JSON, as `datasets` does with what
+    differs from row to row, and without the null fields that it adds wherever another row has a value."""
+    if _is_json(kind):
+        return None if value is None else json.loads(value)
     if isinstance(value, dict):
-        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_without_nulls(item) for item in value]
+        kinds = {field.name: field.type for field in kind}
+        return {name: _as_written(field, kinds[name]) for name, field in value.items() if field is not None}
+    if isinstance(value, list) and (pa.types.is_nested(kind.value_type) or _is_json(kind.value_type)):
+        return [_as_written(item, kind.value_type) for item in value]
     return value
 
 
@@ -315,7 +329,7 @@ def _plain_columns(schema: pa.Schema, wanted: frozenset[str], path: str) -> list
     for field in schema:
         if schema.names.count(field.name) > 1:
             raise DataError(f"{path} has two columns named {field.name!r}: rename one of them")
-        if field.name in wanted and not _is_safe(field.type):
+        if field.name in wanted | OF_TEMPLATES and not _is_safe(field.type):
             raise DataError(
                 f"column {field.name!r} of {path} has type {field.type}, which is not read because it may run code: "
                 "write it as text, or as lists of messages"
@@ -341,7 +355,12 @@ def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
 
 
 def _is_safe(kind: pa.DataType) -> bool:
-    return not any(isinstance(leaf, pa.BaseExtensionType) for leaf in _leaves(kind))
+    return not any(isinstance(leaf, pa.BaseExtensionType) and not _is_json(leaf) for leaf in _leaves(kind))
+
+
+def _is_json(kind: pa.DataType) -> bool:
+    """Of Arrow's own extension, which is text."""
+    return isinstance(kind, pa.JsonType)
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -356,6 +375,7 @@ _PLAIN = (
     pa.types.is_integer,
     pa.types.is_floating,
     pa.types.is_null,
+    _is_json,
 )
 
 _READERS = {

@@ -2,13 +2,13 @@
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import datasets
 from fsspec import AbstractFileSystem
+from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.core import url_to_fs
 from huggingface_hub import HfApi, constants
 
@@ -31,7 +31,9 @@ CONTENT_MARKS = (
     *("mtime", "LastModified", "last_modified", "created"),
 )
 """What storages call a hash of the content, or the time it was written; the first that is known is used."""
-HELD_OUT = re.compile(r"(^|[/._-])(test|eval|validation|valid|val|dev|holdout|held[_-]?out)([._-]|$)")
+HELD_OUT = re.compile(
+    r"(^|[/._-])(tests?|eval(uation)?|validation|valid|val|dev|holdout|held[_-]?out)([._-]|$)", re.IGNORECASE
+)
 HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>\w[\w.-]*))?")
 
 PairColumn = Literal["prompt", "chosen", "rejected"]
@@ -79,9 +81,14 @@ def expand(source: Source) -> list[InputFile]:
     else:
         found = [local]
     _refuse_split(source)
-    if "::" in path and found == [local]:  # a chain of storages, of which the file's own name is a part
-        return _non_empty([replace(_input_file(fs, local), path=path)], path)
-    return _non_empty([_input_file(fs, name) for name in found], path)
+    files = [_input_file(fs, name) for name in found]
+    if isinstance(fs, AbstractArchiveFileSystem):  # what a member's own stamp says may stay when it changes
+        archive = path.partition("::")[2]
+        mark = _stamp(*_filesystem(archive))
+        files = [replace(file, path=f"{file.path}::{archive}", stamp=(*file.stamp, *mark)) for file in files]
+    elif "::" in path and found == [local]:  # a chain of storages, of which the file's own name is a part
+        files = [replace(files[0], path=path)]
+    return _non_empty(files, path)
 
 
 def _filesystem(path: str) -> tuple[AbstractFileSystem, str]:
@@ -153,7 +160,11 @@ def _refuse_split(source: Source) -> None:
 
 def _folder_files(fs: AbstractFileSystem, local: str, path: str) -> list[str]:
     """Files with rows directly in a folder; others, such as README.md, are passed over."""
-    names = sorted(info["name"] for info in fs.ls(local, detail=True) if info["type"] == "file")
+    names = sorted(  # of links fsspec says neither
+        info["name"]
+        for info in fs.ls(local, detail=True)
+        if info["type"] == "file" or (info["type"] != "directory" and fs.isfile(info["name"]))
+    )
     names = [name for name in names if _format(name) and not _base(name).startswith((".", "_"))]
     if not names:
         raise DataError(
@@ -210,7 +221,7 @@ def _hub_files(source: Source, name: str, split: str) -> list[InputFile]:
     except Exception as error:  # of huggingface_hub, httpx and datasets: no common base
         raise DataError(
             f"{source.path} is no local path, and as a dataset on the Hub it cannot be loaded "
-            f"({type(error).__name__}: {reprlib.repr(str(error))}): check its name, your token, or the network "
-            "(HF_HUB_OFFLINE=1 reads what was downloaded before)"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}): check its path, `name` (one of its "
+            "configurations), your token, or the network (HF_HUB_OFFLINE=1 reads what was downloaded before)"
         ) from error
     return [_input_file(*url_to_fs(path)) for path in paths]

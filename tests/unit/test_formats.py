@@ -214,6 +214,26 @@ def test_an_assistant_turn_may_hold_a_tool_call_alone() -> None:
     assert pair.chosen == "called<|im_end|>\n"
 
 
+def test_a_prompt_may_end_with_a_tool_call_alone() -> None:
+    """Which has no text to be continued: what the tools answer is where the completions begin."""
+    template = CHATML.replace("message['content']", "(message['content'] or 'called')")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    answers = [[{"role": "tool", "content": text}, BLUE] for text in ("1", "2")]
+    row = {"chosen": [USER, call, *answers[0]], "rejected": [USER, call, *answers[1]]}
+    pair = pair_of(row, template=template)
+    assert isinstance(pair, PreferencePair)
+    assert pair.prompt.startswith(ASKED + HEADER + "called<|im_end|>\n")
+    assert (pair.prompt + pair.chosen).endswith("tool\n1<|im_end|>\n" + HEADER + "Blue.<|im_end|>\n")
+
+
+def test_a_prompt_of_text_comes_before_answers_that_begin_alike() -> None:
+    more = {"role": "user", "content": "Sure?"}
+    pair = pair_of({"prompt": "What color?", "chosen": [BLUE, more, BLUE], "rejected": [BLUE, more, RED]})
+    assert isinstance(pair, PreferencePair)
+    assert pair.prompt.startswith(ASKED + HEADER + "Blue.<|im_end|>\n")
+    assert (pair.chosen, pair.rejected) == ("Blue.<|im_end|>\n", "Red.<|im_end|>\n")
+
+
 def test_a_content_may_be_parts_of_text() -> None:
     template = CHATML.replace("message['content']", "message['content'][0]['text']")
     parts = {"role": "user", "content": ({"type": "text", "text": "What color?"},)}

@@ -197,6 +197,15 @@ def test_a_broken_array_is_refused(tmp_path: Path, text: str) -> None:
         rows_of(Source(path=str(tmp_path / "a.json")))
 
 
+@pytest.mark.parametrize("text", ['[{"a": 1}]\n[{"a": 2}]\n', '[{"a": 1}] ]'])
+def test_what_comes_after_an_array_is_not_lost(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(
+        DataError, match=r"a\.json goes on after its JSON array, at character 1[01]: .*; make it one"
+    ):
+        rows_of(Source(path=str(tmp_path / "a.json")))
+
+
 def test_bad_csv_records_cost_themselves_only(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'chosen,rejected\na,b\nonly one\na,b,c\n"x"y,b\n\na,\xff\n"last\n1,2')
@@ -438,7 +447,18 @@ def test_an_empty_shard_is_no_harm(folder: Path) -> None:
     assert len(rows_of(Source(path=str(folder / "[ab]*.jsonl")))) == len(ROWS)
 
 
-@pytest.mark.parametrize(("name", "held_out"), [("train-00000", "test-00000"), ("pairs", "held_out")])
+def test_linked_files_are_files(folder: Path, tmp_path: Path) -> None:
+    """As all files are in the cache of the Hub."""
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "linked.jsonl").symlink_to(folder / "b.jsonl")
+    (tmp_path / "links" / "gone.jsonl").symlink_to(folder / "nothing.jsonl")
+    assert names_of(path=str(tmp_path / "links")) == ["linked.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out"),
+    [("train-00000", "test-00000"), ("pairs", "held_out"), ("pairs", "Evaluation"), ("pairs", "tests")],
+)
 def test_held_out_files_are_not_trained_on(name: str, held_out: str, tmp_path: Path) -> None:
     for each in (name, held_out):
         (tmp_path / f"{each}.jsonl").write_bytes(GOOD)
@@ -454,7 +474,38 @@ def test_held_out_files_are_not_trained_on(name: str, held_out: str, tmp_path: P
 def test_a_file_inside_an_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("pairs.jsonl", GOOD)
-    assert rows_of(Source(path=f"zip://pairs.jsonl::{tmp_path}/a.zip")) == [json.loads(GOOD)]
+    for path in ("pairs.jsonl", "*.jsonl", ""):
+        assert rows_of(Source(path=f"zip://{path}::{tmp_path}/a.zip")) == [json.loads(GOOD)]
+
+
+def test_another_archive_of_the_same_sizes_is_another_source(tmp_path: Path) -> None:
+    source = Source(path=f"zip://pairs.jsonl::{tmp_path}/a.zip")
+    stamps = []
+    for second in (1, 2):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("pairs.jsonl", GOOD)
+        os.utime(tmp_path / "a.zip", (second, second))
+        stamps += [file.stamp for file in expand(source)]
+    assert stamps[0] != stamps[1]
+
+
+def test_what_arrow_keeps_as_json_is_read(tmp_path: Path) -> None:
+    """`datasets` makes it of values that differ from row to row, such as tools and the arguments of their calls."""
+    rows = [
+        {
+            "tools": [{"name": "f", "parameters": {name: {"type": "string"}}}],
+            "chosen": [{"role": "assistant", "tool_calls": [{"arguments": {name: None}}]}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        for name in ("city", "date")
+    ]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows))
+    saved = load_dataset(
+        "json", data_files=str(tmp_path / "a.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert str(saved.data.schema).count("arrow.json") > 1
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(Source(path=str(tmp_path / "saved"))) == rows
 
 
 def test_null_fields_that_arrow_adds_are_gone(tmp_path: Path) -> None:
@@ -541,7 +592,7 @@ def test_hub_datasets_that_are_not_there(hub: list[Any]) -> None:
     ):
         expand(Source(path="org/pairs:dev"))
     with pytest.raises(
-        DataError, match=r"org/none is no local path, .*404: org/none.*: check its name, your token"
+        DataError, match=r"org/none is no local path, .*404: org/none.*: check its path, `name` \(one"
     ):
         expand(Source(path="org/none"))
 
