@@ -166,6 +166,10 @@ class ZeroEngine:
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
 
     def step(self) -> float:
+        if (
+            not self._is_sharded
+        ):  # until its hook says otherwise: torch's scaler leaves out steps that overflow
+            self._unsharded_norm, self.optimizer.overflow = math.nan, True
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         norm = self._unsharded_norm if norm is None else float(norm)
@@ -182,6 +186,9 @@ class ZeroEngine:
             scale = float(1.0 if (scale := getattr(optimizer, "grad_scale", None)) is None else scale)
             norm = nn.utils.clip_grad_norm_(weights, (max_grad_norm or math.inf) * scale)
             self._unsharded_norm = float(norm) / scale
+            self.optimizer.overflow = not math.isfinite(
+                self._unsharded_norm
+            )  # then DeepSpeed's schedule waits too
             if not math.isfinite(self._unsharded_norm) and not self._scales_loss:
                 raise NonFiniteError(f"the gradient norm is {self._unsharded_norm}")
 
@@ -192,8 +199,13 @@ class ZeroEngine:
 
     def save(self, folder: Path) -> None:
         self._writer.failure = None
+        scaler = self._unsharded_scaler
         self._engine.save_checkpoint(
-            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._has_frozen
+            str(folder),
+            tag=TAG,
+            save_latest=False,
+            exclude_frozen_parameters=self._has_frozen,
+            client_state={} if scaler is None else {"scaler": scaler.state_dict()},
         )
         if self._writer.failure is not None:
             raise self._writer.failure
@@ -215,7 +227,7 @@ class ZeroEngine:
         own_options = [dict(group) for group in self._inner_optimizer.param_groups]
         own_rates = peak_rates(self.schedule)
         try:
-            path, _ = self._engine.load_checkpoint(
+            path, kept = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
             )
         except Exception as error:
@@ -223,6 +235,8 @@ class ZeroEngine:
                 f"{folder}: DeepSpeed cannot load it ({type(error).__name__}: {error})"
             ) from error
         assert path is not None  # DeepSpeed only warns when there is nothing, and would train from step 0
+        if (scaler := self._unsharded_scaler) is not None and "scaler" in kept:
+            scaler.load_state_dict(kept["scaler"])
         if self._engine.load_universal_checkpoint():
             self._mend_universal(own_options)
         set_peak_rates(self._inner_optimizer, self.schedule, own_rates)
@@ -234,6 +248,11 @@ class ZeroEngine:
         for state in self._inner_optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+    @property
+    def _unsharded_scaler(self) -> torch.amp.GradScaler | None:
+        """Of losses in half precision at stage 0, which DeepSpeed keeps in no checkpoint."""
+        return getattr(self._engine, "torch_autocast_z0_gradscaler", None)
 
     @property
     def _inner_optimizer(self) -> Optimizer:

@@ -67,9 +67,16 @@ class Callbacks:
         """A step is done."""
         self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens_seen
 
+    def begin_step(self) -> None:
+        """What is wished from now on is for this step."""
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self.call("on_step_begin")
+
     def expect(self, *, log: bool, evaluate: bool, save: bool) -> None:
-        """What the config has for this step; callbacks may change it."""
-        self.control.should_log, self.control.should_evaluate, self.control.should_save = log, evaluate, save
+        """What the config has for this step, beside what callbacks wished in it; later ones may change both."""
+        self.control.should_log |= log
+        self.control.should_evaluate |= evaluate
+        self.control.should_save |= save
 
     def measured(self, value: float, *, is_lower_better: bool) -> None:
         """An evaluation gave `value` of the metric that decides."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from fsspec.core import url_to_fs
 from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import enable_full_determinism
@@ -188,7 +189,7 @@ class _Training:
         seed_step(self._run.seed, inputs.step)
         if inputs.step % plan.steps_per_epoch == 0:
             callbacks.call("on_epoch_begin")
-        callbacks.call("on_step_begin")
+        callbacks.begin_step()
         learning_rate = self._engine.learning_rate()
         grad_norm = train_step(
             self._engine, inputs, self._objective, self._metrics, callbacks.call, scorer=self._scorer
@@ -217,7 +218,7 @@ class _Training:
             if control.should_evaluate and self._evaluations:
                 value = self._evaluate()
                 control = callbacks.agree()
-            if control.should_save or self._is_stopped(control):
+            if control.should_save or self._is_stopped(control) or step == plan.total_steps:
                 self._save(value, is_stopped=self._is_stopped(control))
 
     def _is_stopped(self, control: TrainerControl) -> bool:
@@ -300,7 +301,8 @@ def _callbacks(
     arguments = on_this_rank(hooks.arguments or arguments_of(job.config, job.folder, metric), engine.device)
     state = TrainerState()
     if checkpoint is not None:
-        state = read_state(checkpoint, is_own=checkpoint.path.startswith(f"{job.checkpoints}/"))
+        own, path = (url_to_fs(each)[1] for each in (job.checkpoints, checkpoint.path))
+        state = read_state(checkpoint, is_own=path.startswith(f"{own}/"))
     state.max_steps = plan.total_steps
     state.num_train_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
     state.is_world_process_zero = ranks.rank() == 0

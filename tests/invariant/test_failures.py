@@ -54,9 +54,18 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(model, write_blocks(folder / "blocks", pairs), "")
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
-def test_a_loss_that_is_not_finite(poisoned: Inputs, tmp_path: Path, engine: str) -> None:
-    config = poisoned.config(engine, data={"shuffle": False}, run={"save_steps": 1})
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ("plain", "float32"),
+        ("zero2", "float32"),
+        ("zero3", "float32"),
+        ("plain", "float16"),
+        ("zero0", "float16"),
+    ],
+)
+def test_a_loss_that_is_not_finite(poisoned: Inputs, tmp_path: Path, engine: str, dtype: str) -> None:
+    config = poisoned.config(engine, dtype=dtype, data={"shuffle": False}, run={"save_steps": 1})
     job = Job(config, str(tmp_path), 0, poisoned.blocks, {})
     (_, error), (_, other) = run_gang(2, _train, job)
     assert error == other

@@ -94,6 +94,18 @@ class AskAt(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = True
 
 
+class AskEarly(TrainerCallback):
+    """Asks while a step begins for what comes after it, and keeps the last one from being saved."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        if state.global_step == 2:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        if state.global_step == STEPS:
+            control.should_save = False
+
+
 def worked(job: Job, *, die_at: int | None = None) -> tuple[list[Record], list[Any]]:
     """Records, and callbacks as they are afterwards; dies after the checkpoint of a step if told so."""
     records: list[Record] = []
@@ -250,6 +262,17 @@ def test_a_run_that_was_stopped_stays_so_when_its_workers_are_lost(inputs: Input
 def test_callbacks_can_ask_for_more(inputs: Inputs, tmp_path: Path) -> None:
     config = inputs.config(run={"save_steps": None, "log_steps": None, "keep_checkpoints": 5})
     job = job_of(inputs, config, tmp_path, callbacks=(AskAt(),))
+    records, _ = worked(job)
+    assert [(record["step"], "eval_loss" in record) for record in records] == [
+        (3, False), (3, True), (4, False), (4, True),
+    ]  # fmt: skip
+    assert saved_steps(job) == [3, 4]
+
+
+def test_wishes_of_the_beginning_of_a_step_hold_at_its_end(inputs: Inputs, tmp_path: Path) -> None:
+    """And the last step is saved whatever is wished: there would else be no model of it."""
+    config = inputs.config(run={"log_steps": 4, "save_steps": 4, "eval_steps": 4})
+    job = job_of(inputs, config, tmp_path, callbacks=(AskEarly(),))
     records, _ = worked(job)
     assert [(record["step"], "eval_loss" in record) for record in records] == [
         (3, False), (3, True), (4, False), (4, True),

@@ -1,5 +1,6 @@
 """A run that died and went on ends where one that did not die ends."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import CheckpointError
 from ray_prefopt.training.job import Job
+from tests.gang import run_gang
 from tests.invariant.test_engines import assert_equal
 from tests.invariant.training import Inputs, curves, run, stop_at
 from tests.tiny import random_pairs, write_blocks
@@ -69,6 +71,34 @@ def test_other_ranks_within_rounding(inputs: Inputs, tmp_path: Path, before: int
     for name, resumed in curves(broken, after).items():
         whole = straight[name]
         assert_equal(resumed, replace(whole, steps=whole.steps[2:]), loss=2e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero0"])
+def test_the_scale_of_losses_is_that_of_the_run_that_died(
+    inputs: Inputs, tmp_path: Path, engine: str
+) -> None:
+    """In fp16; a scale that begins anew would overflow, and leave out the steps that do."""
+    steps = {"save_steps": 6, "global_batch": 4, "max_steps": 10}
+    config = inputs.config(engine, dtype="float16", loss={"cpo_alpha": 100.0}, run=steps)
+    (whole,) = run_gang(1, run, inputs.job(config, tmp_path / "whole"))
+    broken = inputs.job(config, tmp_path / "broken")
+    run_gang(1, run, broken, 6)
+    (resumed,) = run_gang(1, run, broken)
+    assert [_untimed(record) for record in resumed] == [_untimed(record) for record in whole[-len(resumed) :]]
+
+
+def test_the_schedule_waits_for_steps_that_overflow(inputs: Inputs, tmp_path: Path) -> None:
+    steps = {"save_steps": 20, "global_batch": 4, "max_steps": 10}
+    rates = {}
+    for engine in ("plain", "zero0"):
+        optim = {"warmup_steps": 4, "name": "adamw_torch"}
+        config = inputs.config(engine, dtype="float16", loss={"cpo_alpha": 3000.0}, optim=optim, run=steps)
+        (records,) = run_gang(1, run, inputs.job(config, tmp_path / engine))
+        lines = [record for record in records if "loss" in record]
+        assert not math.isfinite(lines[0]["grad_norm"])
+        rates[engine] = [record["learning_rate"] for record in lines]
+    assert rates["zero0"] == rates["plain"]
+    assert rates["plain"][:2] == [0.0, 0.0]
 
 
 def test_other_pairs_are_refused(inputs: Inputs, tmp_path: Path) -> None:
