@@ -477,7 +477,7 @@ class RunConfig(Config):
     max_failures: int = Field(0, ge=-1)
     """Times the workers are started again after one of them died; -1 is without limit."""
     resume_from: Text | None = None
-    """Checkpoint folder to start from, of this or another run."""
+    """Checkpoint folder of another run to start from. A run that has checkpoints of its own goes on from these."""
     on_bad_checkpoint: Literal["refuse", "fallback"] = "refuse"
     """When the newest checkpoint is torn: stop with its name, or use the one before."""
     on_save_error: Literal["stop", "continue"] = "stop"
@@ -531,6 +531,16 @@ class RunConfig(Config):
         if not isinstance(number, int) and number[0] > number[1]:
             raise ValueError(f"must be the fewest and the most workers, in this order; got {list(number)}")
         return number
+
+    @model_validator(mode="after")
+    def _has_something_to_go_on_from(self) -> Self:
+        if self.save_only_model and (self.is_elastic or self.max_failures):
+            what = "num_workers that change" if self.is_elastic else "max_failures"
+            raise ValueError(
+                f"save_only_model keeps nothing that workers could be started again from, which {what} asks for; leave "
+                "one of them out"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

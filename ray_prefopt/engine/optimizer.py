@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -126,6 +126,15 @@ def build_schedule(optimizer: Optimizer, optim: OptimConfig, total_steps: int) -
 def peak_rates(schedule: Any) -> list[float]:
     """The learning rates that a schedule scales, one per group of weights; none where it has no such thing."""
     return [float(rate) for rate in getattr(schedule, "base_lrs", ())]
+
+
+def keep_options(optimizer: Optimizer, own: Sequence[Mapping[str, Any]]) -> None:
+    """Give an optimizer that was loaded from a checkpoint, perhaps of another run, the options of its config again.
+
+    What else is in its groups may be a part of its state.
+    """
+    for group, given in zip(optimizer.param_groups, own, strict=True):
+        group.update({name: given[name] for name in ("weight_decay", "betas", "eps") if name in given})
 
 
 def set_peak_rates(optimizer: Optimizer, schedule: Any, rates: Sequence[float]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.engine.base import kept_buffers
-from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
+from ray_prefopt.engine.optimizer import OwnOptimizer, keep_options, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, NonFiniteError
 
 
@@ -36,6 +36,7 @@ class PlainEngine:
         self.optimizer, make_schedule = optimizer_for(self.module, optim, total_steps, own_optimizer)
         self.schedule = make_schedule(self.optimizer)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._is_of_config = own_optimizer is None
         self._trainable = [weight for weight in self.module.parameters() if weight.requires_grad]
 
     def forward(self, **inputs: Any) -> Any:
@@ -91,6 +92,7 @@ class PlainEngine:
 
     def load(self, folder: Path) -> None:
         own_rates = peak_rates(self.schedule)
+        own_options = [dict(group) for group in self.optimizer.param_groups]
         try:
             load_model(self.module, str(folder / "model.safetensors"))
             states = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
@@ -99,4 +101,6 @@ class PlainEngine:
             self._scaler.load_state_dict(states["scaler"])
         except Exception as error:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from error
+        if self._is_of_config:
+            keep_options(self.optimizer, own_options)
         set_peak_rates(self.optimizer, self.schedule, own_rates)

@@ -33,7 +33,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from ray_prefopt.config import OptimConfig
 from ray_prefopt.engine.base import kept_buffers
-from ray_prefopt.engine.optimizer import OwnOptimizer, optimizer_for, peak_rates, set_peak_rates
+from ray_prefopt.engine.optimizer import OwnOptimizer, keep_options, optimizer_for, peak_rates, set_peak_rates
 from ray_prefopt.errors import CheckpointError, ConfigError, NonFiniteError, suggest
 
 TAG = "engine"
@@ -155,6 +155,7 @@ class ZeroEngine:
         self._is_sharded = ds_config["zero_optimization"]["stage"] > 0
         if not self._is_sharded:
             optimizer.register_step_pre_hook(self._clip_unsharded(optim.max_grad_norm))
+        self._is_of_config = own_optimizer is None
         self._has_frozen = any(not weight.requires_grad for weight in module.parameters())
 
     def forward(self, **inputs: Any) -> Any:
@@ -226,6 +227,7 @@ class ZeroEngine:
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint named {TAG!r}")
         own_options = [dict(group) for group in self._inner_optimizer.param_groups]
         own_rates = peak_rates(self.schedule)
+        own_clip = getattr(self.optimizer, "clip_grad", None)  # which DeepSpeed saves as well
         try:
             path, kept = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._has_frozen
@@ -239,6 +241,10 @@ class ZeroEngine:
             scaler.load_state_dict(kept["scaler"])
         if self._engine.load_universal_checkpoint():
             self._mend_universal(own_options)
+        if self._is_of_config:
+            keep_options(self._inner_optimizer, own_options)
+        if own_clip is not None:
+            self.optimizer.clip_grad = own_clip
         set_peak_rates(self._inner_optimizer, self.schedule, own_rates)
 
     def _mend_universal(self, own_options: list[dict[str, Any]]) -> None:

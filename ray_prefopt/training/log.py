@@ -35,20 +35,30 @@ class Lines:
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         self._fs, self._path = fs, path
         self.rows: list[dict[str, Any]] = []
+        self._is_behind = False
+        """Whether the file lacks a row, or has half of one."""
         if fs.exists(path):
             # What follows the last line break is half a line, of a process that was killed while it wrote.
-            *lines, _ = fs.cat_file(path).split(b"\n")
+            *lines, half = fs.cat_file(path).split(b"\n")
             self.rows = [json.loads(line) for line in lines]
+            self._is_behind = bool(half)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; to the file as well where it can be appended to."""
+        """Add a row; to the file as well where it can be appended to. What a full disk keeps out of it comes later."""
         self.rows.append(row)
         if isinstance(self._fs, LocalFileSystem):
-            with open(self._path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with suppress(OSError):
+                if self._is_behind:
+                    self.flush()
+                else:
+                    self._is_behind = True
+                    with open(self._path, "a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    self._is_behind = False
 
     def flush(self) -> None:
         write_text(self._fs, self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._is_behind = False
 
     @property
     def is_used(self) -> bool:
@@ -123,7 +133,10 @@ class RunLog:
         return self._memory
 
     def saved(self, path: str, step: int) -> None:
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            self.warn(f"the log cannot be written: {error}")
         self._gauges.show({"checkpoint_step": step})
         self._saved_step = step
         self._events.append(("saved", (path, step)))

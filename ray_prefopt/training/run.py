@@ -13,7 +13,7 @@ import ray
 from fsspec.core import url_to_fs
 from transformers import EvalPrediction, PretrainedConfig
 
-from ray_prefopt.config import RunConfig, Source, TrainConfig
+from ray_prefopt.config import EngineConfig, RunConfig, Source, TrainConfig
 from ray_prefopt.data.blocks import Blocks, open_blocks
 from ray_prefopt.data.plan import Plan
 from ray_prefopt.data.prepare import prepare
@@ -94,10 +94,15 @@ def train(
         if (result := finished(folder, export=config.run.export)) is not None:
             logger.warning("run %s is finished: here is its result; run.force_new trains anew", result.name)
             return result
-    _check_start(config, folder)
+    start = _check_start(config, folder)
     start_ray()
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
+    if start is not None and start.state.step >= total_steps:
+        raise ConfigError(
+            f"run.resume_from {start.path} is of step {start.state.step}, and this run ends with step {total_steps}: "
+            "raise run.max_steps or run.epochs, or export it and set model.path to begin with its weights"
+        )
     claim(config, folder)
     with _begun():
         job = _job(config, folder, hooks, train_blocks=train_blocks)
@@ -277,18 +282,36 @@ def check(config: TrainConfig, hooks: Hooks = NO_HOOKS) -> PretrainedConfig:
     return architecture
 
 
-def _check_start(config: TrainConfig, folder: str) -> None:
-    """Raises CheckpointError when run.resume_from is no whole checkpoint, ConfigError when it is about to be moved."""
+def _check_start(config: TrainConfig, folder: str) -> Checkpoint | None:
+    """The checkpoint of another run that this one begins with, if it does.
+
+    Raises CheckpointError when it is not whole, ConfigError when it is about to be moved or is another engine's.
+    """
     run = config.run
     goes_on = not run.force_new and has_checkpoints(f"{folder}/checkpoints")
     if run.resume_from is None or goes_on:
-        return
+        return None
     if run.force_new and run.resume_from.startswith(f"{folder}/"):
         raise ConfigError(
             f"run.resume_from {run.resume_from} is in the folder that run.force_new moves aside: "
             "copy it elsewhere first, or leave out one of the two"
         )
-    open_checkpoint(run.resume_from, verify="sizes").check_resumable()
+    start = open_checkpoint(run.resume_from, verify="sizes")
+    start.check_resumable()
+    fs, path = url_to_fs(start.path)
+    saved = EngineConfig.model_validate(json.loads(fs.cat_file(f"{path}/config.json"))["engine"])
+    if (saved.kind, _states(saved)) != (config.engine.kind, _states(config.engine)):
+        raise ConfigError(
+            f"run.resume_from {start.path} has optimizer states of engine.kind {saved.kind}, zero_stage "
+            f"{saved.zero_stage}; got {config.engine.kind}, {config.engine.zero_stage}: take its engine, or export it "
+            "and set model.path to begin with its weights"
+        )
+    return start
+
+
+def _states(engine: EngineConfig) -> int | None:
+    """How optimizer states are laid out: stages 1 and 2 read each other's."""
+    return None if engine.kind == "plain" else {2: 1}.get(engine.zero_stage, engine.zero_stage)
 
 
 def _job(config: TrainConfig, folder: str, hooks: Hooks, *, train_blocks: Blocks | None) -> Job:

@@ -35,7 +35,7 @@ from ray_prefopt.training.loop import Reports, evaluate_worker, train_worker
 from ray_prefopt.training.metrics import Record
 from ray_prefopt.training.optimizers import PackedOptimizer
 from tests.gang import run_gang
-from tests.invariant.training import STEPS, Inputs, StopError, curves, stop_at
+from tests.invariant.training import STEPS, Inputs, StopError, curves, run, stop_at
 from tests.tiny import random_pairs
 
 
@@ -126,6 +126,14 @@ def worked(job: Job, *, die_at: int | None = None) -> tuple[list[Record], list[A
 
 def saved_steps(job: Job) -> list[int]:
     return sorted(int(folder.name[5:13]) for folder in Path(job.checkpoints).iterdir())
+
+
+class Options(TrainerCallback):
+    """Those of the optimizer when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.found = {name: optimizer.param_groups[0][name] for name in ("weight_decay", "betas", "eps")}
+        self.found["max_grad_norm"] = getattr(optimizer, "clip_grad", None)
 
 
 def job_of(inputs: Inputs, config: TrainConfig, folder: Path, **hooks: Any) -> Job:
@@ -278,6 +286,24 @@ def test_wishes_of_the_beginning_of_a_step_hold_at_its_end(inputs: Inputs, tmp_p
         (3, False), (3, True), (4, False), (4, True),
     ]  # fmt: skip
     assert saved_steps(job) == [3, 4]
+
+
+@pytest.mark.parametrize(("engine", "clips"), [("plain", False), ("zero2", True), ("zero3", True)])
+def test_options_are_those_of_the_run_that_begins_with_anothers_states(
+    inputs: Inputs, tmp_path: Path, engine: str, clips: bool
+) -> None:
+    donor = inputs.job(inputs.config(engine), tmp_path / "donor")
+    run_gang(1, run, donor, 2)
+    start = latest_checkpoint(donor.checkpoints)
+    assert start is not None
+    optim = {"weight_decay": 0.3, "betas": (0.8, 0.99), "eps": 1e-5, "max_grad_norm": 0.01}
+    config = inputs.config(engine, optim=optim, run={"resume_from": start.path})
+    ((_, (options,)),) = run_gang(1, worked, job_of(inputs, config, tmp_path / "own", callbacks=(Options(),)))
+    norm = optim.pop("max_grad_norm")
+    assert {**options["found"], "betas": tuple(options["found"]["betas"])} == {
+        **optim,
+        "max_grad_norm": norm if clips else None,
+    }
 
 
 def test_early_stopping_goes_on_counting_after_a_restart(inputs: Inputs, tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ def test_json_reads_back_equal() -> None:
         ),
         (EngineConfig, {"offload_param": "cpu"}, "offload_param needs zero_stage 3; got zero_stage 2"),
         (
+            RunConfig,
+            {"save_only_model": True, "max_failures": 1},
+            "save_only_model keeps nothing that workers could be started again from, which max_failures asks for",
+        ),
+        (
+            RunConfig,
+            {"save_only_model": True, "num_workers": (1, 2)},
+            "could be started again from, which num_workers that change asks for; leave one of them out",
+        ),
+        (
             EngineConfig,
             {"zero_stage": 0, "offload_optimizer": "cpu"},
             "needs zero_stage 1, 2 or 3; got zero_stage 0",

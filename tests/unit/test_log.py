@@ -189,3 +189,24 @@ def test_object_stores_have_the_file_at_checkpoints() -> None:
     assert fsspec.filesystem("memory").ls("/bucket/log/run", detail=False) == [
         "/bucket/log/run/metrics.jsonl"
     ]
+
+
+def test_a_line_that_a_full_disk_kept_out_comes_with_the_next(tmp_path: Path) -> None:
+    log = run(tmp_path, 0, 2)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()  # as if nothing could be written there
+    log.log(record(3))
+    log.saved("a/checkpoint", 3)
+    assert any("the log cannot be written: " in str(event) for event in log.events(0))
+    (tmp_path / "metrics.jsonl").rmdir()
+    log.log(record(4))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_line_after_half_a_line_is_a_line_of_its_own(tmp_path: Path) -> None:
+    run(tmp_path, 0, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3')
+    log = run(tmp_path, 2, 4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    del log

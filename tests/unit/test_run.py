@@ -35,6 +35,28 @@ def test_another_runs_checkpoint_is_needed_in_the_beginning_alone(tmp_path: Path
         _check_start(config_of(tmp_path, resume_from=str(tmp_path / "gone"), force_new=True), folder)
 
 
+@pytest.mark.parametrize(("old", "new", "fits"), [(1, 2, True), (2, 3, False), (0, 2, False)])
+def test_a_checkpoint_has_the_states_of_its_engine(tmp_path: Path, old: int, new: int, fits: bool) -> None:
+    engine = {"engine": {"kind": "zero", "zero_stage": old}}
+    saved = TrainConfig.model_validate(config_of(tmp_path).model_dump() | engine).model_dump_json()
+    donor = save_checkpoint(
+        lambda _: None, LoopState(1), f"{tmp_path}/donor", extra={"config.json": saved}, retained=1
+    )
+    values = config_of(tmp_path, resume_from=donor.path).model_dump()
+    config = TrainConfig.model_validate(values | {"engine": {"kind": "zero", "zero_stage": new}})
+    if fits:
+        start = _check_start(config, str(tmp_path / "run"))
+        assert start is not None
+        assert start.state.step == 1
+        return
+    with pytest.raises(ConfigError) as caught:
+        _check_start(config, str(tmp_path / "run"))
+    assert str(caught.value) == (
+        f"run.resume_from {donor.path} has optimizer states of engine.kind zero, zero_stage {old}; got zero, {new}: "
+        "take its engine, or export it and set model.path to begin with its weights"
+    )
+
+
 def test_a_model_that_cannot_be_outlined_is_described_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
