@@ -62,7 +62,7 @@ where workers read it.
 | `callbacks` | every rank calls them at transformers' events, with a `TrainerState` and arguments that are true of that rank, the model, the optimizer and the schedule. `should_log`, `should_evaluate`, `should_save` and `should_training_stop` are followed, those of rank 0 where ranks differ; `should_epoch_stop` is refused. What a callback has gathered is in your own object when `train()` returns; one that keeps a state, such as `EarlyStoppingCallback`, goes on with it after a restart. |
 | `compute_metrics` | gets an `EvalPrediction` of each whole evaluation set: `predictions` are the rewards of the chosen and the rejected completion of each pair, (N, 2), in the order of the set, `label_ids` are zeros. Its metrics may be `metric_for_best_model`. |
 | `preprocess_logits_for_metrics` | gets those rewards, (B, 2), and labels, (B,), of each micro-batch, and returns what is kept. |
-| `data_collator` | gets rows as `tokenize_row` makes them, and returns a padded batch; what it changes is trained on. |
+| `data_collator` | gets rows as `tokenize_row` makes them, and returns a padded batch; what it changes is trained on. Labels that leave out a part of a completion are refused. |
 | `optimizers` | the optimizer is made again over the weights of the same names, the schedule with it; it must be new, and made over the `model` that is given. |
 
 All weights of a model are trained, or with an adapter those that its config names; a model of which some weights are
@@ -71,8 +71,9 @@ frozen is refused.
 `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, `create_model_card`, `add_callback`, `pop_callback`,
 `remove_callback`, `log`, `log_metrics`, `save_metrics`, `save_state`, `state.log_history`, `tokenize_row`,
 `get_batch_logps`, `concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL.
-After `train()`, `trainer.model` holds the
-trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
+Overriding
+those of them that make the loss, or a step, is refused: workers do not call them. `trainer.model` is what was given, without the
+adapter of `peft_config`, until `train()` returns; then it holds the trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
 to go on."""  # noqa: E501  # rows of a table
 
 

@@ -41,14 +41,22 @@ def inputs_of(batch: Batch, *, pad_id: int, decoder_start_id: int | None) -> dic
     }
 
 
+PARTIAL_LABELS = (
+    "labels: a completion is scored as a whole; got labels that leave out or change some of its tokens: change "
+    "input_ids, or where the labels begin"
+)
+
+
 def pairs_of(batch: Batch) -> list[TokenizedPair]:
     """The pairs of a padded batch; for an encoder-decoder it holds prompts and labels alone."""
     if "chosen_input_ids" not in batch:
         prompts = _unpadded(batch, "prompt_input_ids", torch.as_tensor(batch["prompt_attention_mask"]).bool())
-        chosen, rejected = (
-            _unpadded(batch, name, torch.as_tensor(batch[name]) != LABEL_PAD)
-            for name in ("chosen_labels", "rejected_labels")
-        )
+        scored = {
+            name: torch.as_tensor(batch[name]) != LABEL_PAD for name in ("chosen_labels", "rejected_labels")
+        }
+        if any((mask.int().diff() > 0).any() for mask in scored.values()):
+            raise ConfigError(PARTIAL_LABELS)
+        chosen, rejected = (_unpadded(batch, name, mask) for name, mask in scored.items())
         return [
             TokenizedPair(prompt + one, prompt + other, len(prompt), len(prompt))
             for prompt, one, other in zip(prompts, chosen, rejected, strict=True)
@@ -59,10 +67,7 @@ def pairs_of(batch: Batch) -> list[TokenizedPair]:
             torch.as_tensor(batch[f"{side}_{name}"]) for name in ("input_ids", "attention_mask", "labels")
         )
         rows = zip(*columns, strict=True)
-        return [
-            (ids[mask.bool()].tolist(), int((labels[mask.bool()] != LABEL_PAD).nonzero()[0]))
-            for ids, mask, labels in rows
-        ]
+        return [_side_of(ids[mask.bool()], labels[mask.bool()]) for ids, mask, labels in rows]
 
     return [
         TokenizedPair(chosen, rejected, chosen_start, rejected_start)
@@ -70,6 +75,15 @@ def pairs_of(batch: Batch) -> list[TokenizedPair]:
             unpadded("chosen"), unpadded("rejected"), strict=True
         )
     ]
+
+
+def _side_of(ids: Tensor, labels: Tensor) -> tuple[list[int], int]:
+    """Its tokens, and where those begin that are scored: all that follow. Raises ConfigError for other labels."""
+    scored = (labels != LABEL_PAD).nonzero()
+    start = int(scored[0]) if len(scored) else len(ids)
+    if start == len(ids) or not torch.equal(labels[start:], ids[start:]):
+        raise ConfigError(PARTIAL_LABELS)
+    return ids.tolist(), start
 
 
 def _unpadded(batch: Batch, name: str, mask: Tensor) -> list[list[int]]:

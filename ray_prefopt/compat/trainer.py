@@ -15,7 +15,8 @@ from functools import partial
 from inspect import signature
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn
 
 import ray.train
 import torch
@@ -105,11 +106,19 @@ class CPOTrainer:
     ) -> None:
         if (model is None) == (model_init is None):
             raise ConfigError("model, model_init: give one of the two")
+        _check_own_methods(type(self))
         self.args: CPOConfig | SimPOConfig = (
             args if args is not None else self._default_args("trainer_output")
         )
+        if "://" in str(self.args.output_dir):
+            raise ConfigError(
+                f"output_dir must be a folder, which all nodes see; got {self.args.output_dir}: give a URI as "
+                "run_config=RunConfig(storage_path=...), and a folder for what is in memory"
+            )
         self.model: Any = model if model_init is None else _made(model_init, seed=self.args.seed)
         self.processing_class = processing_class if processing_class is not None else tokenizer
+        if self.processing_class is not None and self.processing_class.pad_token is None:
+            self.processing_class.pad_token = self.processing_class.eos_token  # as TRL does
         self.callbacks = [each() if isinstance(each, type) else each for each in callbacks or ()]
         self.state = TrainerState()
         self._inputs = Path(str(self.args.output_dir)).absolute() / "inputs"
@@ -146,6 +155,31 @@ class CPOTrainer:
             self.processing_class = load_tokenizer(self._config.model)
         self._result: TrainResult | None = None
         self._notify("on_init_end")
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a trainer stays on the driver: callbacks get the model, arguments and state of their worker; for other "
+            "sets to evaluate on give eval_dataset={...}"
+        )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The older name of `processing_class`."""
+        return self.processing_class
+
+    @property
+    def accelerator(self) -> SimpleNamespace:
+        """What scripts ask accelerate for: the driver is a single process, the main one."""
+        return SimpleNamespace(
+            is_main_process=True,
+            is_local_main_process=True,
+            process_index=0,
+            num_processes=1,
+            device=torch.device("cpu"),
+            print=print,
+            wait_for_everyone=lambda: None,
+            unwrap_model=lambda model, **_: model,
+        )
 
     # --- Runs ---
 
@@ -557,6 +591,40 @@ class CPOTrainer:
         return True
 
     is_local_process_zero = is_world_process_zero
+
+
+ON_WORKERS = {
+    *(
+        "cpo_loss",
+        "simpo_loss",
+        "compute_loss",
+        "get_batch_loss_metrics",
+        "concatenated_forward",
+        "get_batch_logps",
+    ),
+    *(
+        "tokenize_row",
+        "training_step",
+        "prediction_step",
+        "evaluation_loop",
+        "get_train_dataloader",
+        "get_eval_dataloader",
+    ),
+    *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"),
+}
+"""Methods by which subclasses of TRL's trainer change what is trained; here none of them is called in a run."""
+
+
+def _check_own_methods(kind: type) -> None:
+    """Raises ConfigError for a subclass that would be trained otherwise than it says."""
+    own = sorted(
+        {name for each in kind.__mro__ if each.__module__ != __name__ for name in vars(each)} & ON_WORKERS
+    )
+    if own:
+        raise ConfigError(
+            f"{kind.__name__} overrides {', '.join(own)}, which workers do not call: use the arguments of the loss, "
+            "callbacks, data_collator, compute_metrics and optimizers"
+        )
 
 
 class SimPOTrainer(CPOTrainer):

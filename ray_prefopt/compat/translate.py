@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -357,10 +358,13 @@ def _ds_config(args: Args) -> dict[str, Any]:
     config: Any = args.deepspeed
     if isinstance(config, str):
         try:
-            with open(config, encoding="utf-8") as file:
-                config = json.load(file)
+            config = json.loads(
+                config if config.lstrip().startswith("{") else Path(config).read_text("utf-8")
+            )
         except (OSError, ValueError) as error:
-            raise _refusal(args, "deepspeed", f"it cannot be read as a JSON file: {error}") from error
+            raise _refusal(
+                args, "deepspeed", f"it cannot be read as JSON, or as a JSON file: {error}"
+            ) from error
     if not isinstance(config, Mapping):
         raise _refusal(args, "deepspeed", "it must be a mapping, or a JSON file that holds one")
     return dict(config)

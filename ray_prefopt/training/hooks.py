@@ -49,6 +49,8 @@ def check_portable(hooks: Hooks) -> None:
     for name, value in parts.items():
         try:
             cloudpickle.dumps(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         except Exception as error:  # whatever an object's own pickling raises
             raise ConfigError(
                 f"{name} cannot be sent to the workers ({type(error).__name__}: {error}): open files, connections and "

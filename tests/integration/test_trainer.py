@@ -14,12 +14,14 @@ import torch
 from datasets import Dataset, load_from_disk
 from ray.train import ScalingConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.experimental.utils import DPODataCollatorWithPadding
 
 from ray_prefopt import CPOConfig, CPOTrainer, PrefoptError, SimPOConfig, SimPOTrainer
 from ray_prefopt.compat.inputs import pairs_source
 from ray_prefopt.errors import ConfigError, DataError
 from ray_prefopt.training.folder import TrainResult
+from ray_prefopt.training.hooks import Hooks, check_portable
 from tests.tiny import chat_row, save_tiny_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.ray
@@ -279,6 +281,66 @@ def test_a_model_is_made_the_same_each_time(tmp_path: Path) -> None:
     assert all(torch.equal(weight, two[name]) for name, weight in one.items())
     saved = save_tiny_model(tmp_path / "saved")
     small(tmp_path, model=None, model_init=partial(AutoModelForCausalLM.from_pretrained, saved))
+
+
+@pytest.mark.parametrize("masked", [slice(-1, None), slice(None)])
+def test_labels_that_leave_out_a_part_of_a_completion_are_refused(tmp_path: Path, masked: slice) -> None:
+    trainer = small(tmp_path)
+    rows = [trainer.tokenize_row({"prompt": "1 2", "chosen": " 3 4 5", "rejected": " 6"})]
+    batch = DPODataCollatorWithPadding(pad_token_id=0)(rows)
+    batch["chosen_labels"][0, masked] = -100
+    with pytest.raises(
+        ConfigError, match=r"^labels: a completion is scored as a whole; got labels that leave out"
+    ):
+        trainer.get_batch_loss_metrics(trainer.model, batch)
+
+
+def test_a_subclass_that_makes_its_own_loss_is_refused(tmp_path: Path) -> None:
+    class Mine(SimPOTrainer):
+        def compute_loss(self, *_: Any) -> Any: ...
+
+        def cpo_loss(self, *_: Any) -> Any: ...
+
+    class Harmless(CPOTrainer):
+        def save_model(self, *_: Any) -> Any: ...
+
+    with pytest.raises(
+        ConfigError, match=r"^Mine overrides compute_loss, cpo_loss, which workers do not call: use"
+    ):
+        Mine(str(tmp_path), train_dataset="pairs.jsonl")
+    Harmless(
+        tiny_model(), CPOConfig(str(tmp_path / "out"), **SMALL), processing_class=tiny_tokenizer("plain")
+    )
+
+
+def test_the_output_is_a_folder() -> None:
+    args = CPOConfig("s3://bucket/out", **SMALL)
+    with pytest.raises(
+        ConfigError, match=r"^output_dir must be a folder, .*; got s3://bucket/out: give a URI as run_c"
+    ):
+        CPOTrainer(tiny_model(), args, processing_class=tiny_tokenizer("plain"))
+
+
+def test_a_trainer_stays_on_the_driver(tmp_path: Path) -> None:
+    class Asks(TrainerCallback):
+        def __init__(self, trainer: CPOTrainer) -> None:
+            self.trainer = trainer
+
+    trainer = small(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^callbacks\[0\]: a trainer stays on the driver: callbacks get the model"
+    ):
+        check_portable(Hooks(callbacks=(Asks(trainer),)))
+    assert trainer.accelerator.is_main_process
+    assert trainer.accelerator.unwrap_model(trainer.model) is trainer.model
+    assert trainer.tokenizer is trainer.processing_class
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_eos(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("plain")
+    tokenizer.pad_token = None
+    small(tmp_path, processing_class=tokenizer)
+    assert tokenizer.pad_token == tokenizer.eos_token
 
 
 def test_datasets_are_where_callbacks_of_trl_look_for_them(tmp_path: Path) -> None:

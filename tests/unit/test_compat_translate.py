@@ -584,12 +584,15 @@ def test_a_deepspeed_file(tmp_path: Path) -> None:
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps(AUTO))
     assert translated(CPOConfig(deepspeed=str(path))) == translated(CPOConfig(deepspeed=AUTO))
+    assert translated(CPOConfig(deepspeed=json.dumps(AUTO))) == translated(CPOConfig(deepspeed=AUTO))
     path.write_text("[1]")
     assert "it must be a mapping, or a JSON file that holds one" in refusal(CPOConfig(deepspeed=str(path)))
     path.write_text("{")
-    assert "it cannot be read as a JSON file: Expecting" in refusal(CPOConfig(deepspeed=str(path)))
+    assert "it cannot be read as JSON, or as a JSON file: Expecting" in refusal(
+        CPOConfig(deepspeed=str(path))
+    )
     missing = str(tmp_path / "none.json")
-    assert f"got {missing!r}: it cannot be read as a JSON file: [Errno 2]" in refusal(
+    assert f"got {missing!r}: it cannot be read as JSON, or as a JSON file: [Errno 2]" in refusal(
         CPOConfig(deepspeed=missing)
     )
 
