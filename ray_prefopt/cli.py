@@ -504,9 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", file=out, flush=True)
             return code
     except BrokenPipeError:  # who reads has heard enough, as `head` has
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for what Python would still write at its end
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what Python would still write at its end
         return UNHEARD
 
 

@@ -313,11 +313,12 @@ def _as_written(value: Any, kind: pa.DataType) -> Any:
     differs from row to row, and without the null fields that it adds wherever another row has a value."""
     if _is_json(kind):
         return None if value is None else json.loads(value)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and pa.types.is_struct(kind):
         kinds = {field.name: field.type for field in kind}
         return {name: _as_written(field, kinds[name]) for name, field in value.items() if field is not None}
-    if isinstance(value, list) and (pa.types.is_nested(kind.value_type) or _is_json(kind.value_type)):
-        return [_as_written(item, kind.value_type) for item in value]
+    inner = getattr(kind, "value_type", None)  # of lists of any kind, but not of maps
+    if isinstance(value, list) and inner is not None and (pa.types.is_nested(inner) or _is_json(inner)):
+        return [_as_written(item, inner) for item in value]
     return value
 
 

@@ -489,6 +489,23 @@ def test_another_archive_of_the_same_sizes_is_another_source(tmp_path: Path) -> 
     assert stamps[0] != stamps[1]
 
 
+def test_maps_beside_pairs_are_no_harm(tmp_path: Path) -> None:
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    turns = [[{"role": "assistant", "content": "a"}]]
+    table = pa.table(
+        {
+            "prompt": ["p"],
+            "chosen": pa.array(turns, kind),
+            "rejected": pa.array(turns, pa.large_list(kind.value_type)),
+            "scores": pa.array([[("a", 1.0)]], pa.map_(pa.string(), pa.float64())),
+            "label": pa.array(["x"]).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    (row,) = rows_of(Source(path=str(tmp_path / "a.parquet")))
+    assert (row["chosen"], row["rejected"], row["label"]) == (turns[0], turns[0], "x")
+
+
 def test_what_arrow_keeps_as_json_is_read(tmp_path: Path) -> None:
     """`datasets` makes it of values that differ from row to row, such as tools and the arguments of their calls."""
     rows = [
