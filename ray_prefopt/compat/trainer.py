@@ -594,24 +594,10 @@ class CPOTrainer:
 
 
 ON_WORKERS = {
-    *(
-        "cpo_loss",
-        "simpo_loss",
-        "compute_loss",
-        "get_batch_loss_metrics",
-        "concatenated_forward",
-        "get_batch_logps",
-    ),
-    *(
-        "tokenize_row",
-        "training_step",
-        "prediction_step",
-        "evaluation_loop",
-        "get_train_dataloader",
-        "get_eval_dataloader",
-    ),
-    *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"),
-}
+    "cpo_loss", "simpo_loss", "compute_loss", "get_batch_loss_metrics", "concatenated_forward", "get_batch_logps",
+    "tokenize_row", "training_step", "prediction_step", "evaluation_loop", "get_train_dataloader",
+    "get_eval_dataloader", "create_optimizer", "create_scheduler", "create_optimizer_and_scheduler",
+}  # fmt: skip
 """Methods by which subclasses of TRL's trainer change what is trained; here none of them is called in a run."""
 
 
