@@ -71,10 +71,9 @@ frozen is refused.
 `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, `create_model_card`, `add_callback`, `pop_callback`,
 `remove_callback`, `log`, `log_metrics`, `save_metrics`, `save_state`, `state.log_history`, `tokenize_row`,
 `get_batch_logps`, `concatenated_forward`, `get_batch_loss_metrics`, `cpo_loss` and `simpo_loss` do what they do in TRL.
-Overriding
-those of them that make the loss, or a step, is refused: workers do not call them. `trainer.model` is what was given, without the
-adapter of `peft_config`, until `train()` returns; then it holds the trained weights. A second `train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says
-to go on."""  # noqa: E501  # rows of a table
+Overriding those of them that make the loss, or a step, is refused: workers do not call them. `trainer.model` is what
+was given, without the adapter of `peft_config`, until `train()` returns; then it holds the trained weights. A second
+`train()` begins anew and moves the older run aside, unless `resume_from_checkpoint=True` says to go on."""  # noqa: E501  # rows of a table
 
 
 def page() -> str:

@@ -39,9 +39,8 @@ class Lines:
         """Whether the file lacks a row, or has half of one."""
         if fs.exists(path):
             # What follows the last line break is half a line, of a process that was killed while it wrote.
-            *lines, half = fs.cat_file(path).split(b"\n")
+            *lines, _ = fs.cat_file(path).split(b"\n")
             self.rows = [json.loads(line) for line in lines]
-            self._is_behind = bool(half)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; to the file as well where it can be appended to. What a full disk keeps out of it comes later."""

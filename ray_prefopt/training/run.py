@@ -98,11 +98,7 @@ def train(
     start_ray()
     train_blocks = _prepare(config, config.data.train_sources)
     total_steps = make_plan(config, train_blocks).total_steps
-    if start is not None and start.state.step >= total_steps:
-        raise ConfigError(
-            f"run.resume_from {start.path} is of step {start.state.step}, and this run ends with step {total_steps}: "
-            "raise run.max_steps or run.epochs, or export it and set model.path to begin with its weights"
-        )
+    _check_steps_left(start, total_steps)
     claim(config, folder)
     with _begun():
         job = _job(config, folder, hooks, train_blocks=train_blocks)
@@ -231,8 +227,7 @@ def _of_checkpoint(config: TrainConfig) -> TrainConfig:
     checkpoint = find_checkpoint(config.model.path) if config.model.path else None
     if checkpoint is None:
         return config
-    fs, folder = url_to_fs(checkpoint.path)
-    saved = TrainConfig.model_validate_json(fs.cat_file(f"{folder}/config.json"))
+    saved = _config_of(checkpoint)
     parts = {"model": saved.model, "engine": saved.engine}
     parts |= {} if "loss" in config.model_fields_set else {"loss": saved.loss}
     if not checkpoint.is_resumable or not can_change_workers(saved.engine, saved.optim):
@@ -298,8 +293,7 @@ def _check_start(config: TrainConfig, folder: str) -> Checkpoint | None:
         )
     start = open_checkpoint(run.resume_from, verify="sizes")
     start.check_resumable()
-    fs, path = url_to_fs(start.path)
-    saved = EngineConfig.model_validate(json.loads(fs.cat_file(f"{path}/config.json"))["engine"])
+    saved = _config_of(start).engine
     if (saved.kind, _states(saved)) != (config.engine.kind, _states(config.engine)):
         raise ConfigError(
             f"run.resume_from {start.path} has optimizer states of engine.kind {saved.kind}, zero_stage "
@@ -307,6 +301,21 @@ def _check_start(config: TrainConfig, folder: str) -> Checkpoint | None:
             "and set model.path to begin with its weights"
         )
     return start
+
+
+def _check_steps_left(start: Checkpoint | None, total_steps: int) -> None:
+    """Raises ConfigError when a run begins with a checkpoint that is beyond its end."""
+    if start is not None and start.state.step >= total_steps:
+        raise ConfigError(
+            f"run.resume_from {start.path} is of step {start.state.step}, and this run ends with step {total_steps}: "
+            "raise run.max_steps or run.epochs, or export it and set model.path to begin with its weights"
+        )
+
+
+def _config_of(checkpoint: Checkpoint) -> TrainConfig:
+    """That of the run that wrote it."""
+    fs, folder = url_to_fs(checkpoint.path)
+    return TrainConfig.model_validate_json(fs.cat_file(f"{folder}/config.json"))
 
 
 def _states(engine: EngineConfig) -> int | None:

@@ -267,20 +267,15 @@ def test_a_run_that_was_stopped_stays_so_when_its_workers_are_lost(inputs: Input
     assert [record["step"] for record in worked(other)[0] if "loss" in record] == [3, STEPS]
 
 
-def test_callbacks_can_ask_for_more(inputs: Inputs, tmp_path: Path) -> None:
-    config = inputs.config(run={"save_steps": None, "log_steps": None, "keep_checkpoints": 5})
-    job = job_of(inputs, config, tmp_path, callbacks=(AskAt(),))
-    records, _ = worked(job)
-    assert [(record["step"], "eval_loss" in record) for record in records] == [
-        (3, False), (3, True), (4, False), (4, True),
-    ]  # fmt: skip
-    assert saved_steps(job) == [3, 4]
-
-
-def test_wishes_of_the_beginning_of_a_step_hold_at_its_end(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("callback", "every"), [(AskAt(), None), (AskEarly(), 4)], ids=["at the end", "at the beginning"]
+)
+def test_callbacks_can_ask_for_more(
+    inputs: Inputs, tmp_path: Path, callback: TrainerCallback, every: int | None
+) -> None:
     """And the last step is saved whatever is wished: there would else be no model of it."""
-    config = inputs.config(run={"log_steps": 4, "save_steps": 4, "eval_steps": 4})
-    job = job_of(inputs, config, tmp_path, callbacks=(AskEarly(),))
+    config = inputs.config(run={"log_steps": every, "save_steps": every, "keep_checkpoints": 5})
+    job = job_of(inputs, config, tmp_path, callbacks=(callback,))
     records, _ = worked(job)
     assert [(record["step"], "eval_loss" in record) for record in records] == [
         (3, False), (3, True), (4, False), (4, True),

@@ -281,3 +281,19 @@ def test_what_a_model_is_cannot_be_talked_away(folder: str, tmp_path: Path) -> N
         ConfigError, match=r"is_encoder_decoder .* got False: the model is an encoder-decoder; leave"
     ):
         CPOTrainer(model, CPOConfig(is_encoder_decoder=False, **arguments), processing_class=TOKENIZERS["t5"])
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_labels_in_parts_are_refused(side: str) -> None:
+    pairs = [TokenizedPair([5, 1, 6, 7, 1], [5, 1, 8, 9, 1], 2, 2)]
+    collator = DPODataCollatorWithPadding(pad_token_id=0, is_encoder_decoder=True)
+
+    def without_the_middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = collator(rows)
+        batch[f"{side}_labels"][0, 1] = -100
+        return batch
+
+    with pytest.raises(
+        ConfigError, match=r"^labels: a completion is scored as a whole; got labels that leave out"
+    ):
+        repacked(without_the_middle, pairs, is_encoder_decoder=True)

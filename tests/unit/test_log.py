@@ -201,12 +201,3 @@ def test_a_line_that_a_full_disk_kept_out_comes_with_the_next(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").rmdir()
     log.log(record(4))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_a_line_after_half_a_line_is_a_line_of_its_own(tmp_path: Path) -> None:
-    run(tmp_path, 0, 2)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3')
-    log = run(tmp_path, 2, 4)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-    del log

@@ -10,7 +10,7 @@ from ray_prefopt.errors import CheckpointError, ConfigError, ModelError
 from ray_prefopt.training import footprint
 from ray_prefopt.training.checkpoint import LoopState, save_checkpoint
 from ray_prefopt.training.describe import describe
-from ray_prefopt.training.run import _check_start
+from ray_prefopt.training.run import _check_start, _check_steps_left
 from tests.tiny import save_tiny_model
 
 
@@ -48,6 +48,11 @@ def test_a_checkpoint_has_the_states_of_its_engine(tmp_path: Path, old: int, new
         start = _check_start(config, str(tmp_path / "run"))
         assert start is not None
         assert start.state.step == 1
+        _check_steps_left(start, 2)
+        with pytest.raises(
+            ConfigError, match=r"donor/\S+ is of step 1, and this run ends with step 1: raise run.max_st"
+        ):
+            _check_steps_left(start, 1)
         return
     with pytest.raises(ConfigError) as caught:
         _check_start(config, str(tmp_path / "run"))
