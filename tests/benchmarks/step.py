@@ -1,10 +1,10 @@
 """Speed and memory of the training step, beside TRL's CPOTrainer: the same model, pairs, order, optimizer and threads.
 
-Every measurement is a process of its own, with the allocator that our workers have, but for TRL's (`--allocator`); the
-arms take turns, and what is reported are medians of the ratios of neighbours. Every optimizer step is of 8 pairs, in
-micro-batches of 1 to 8. An arm whose losses are not those of TRL reports nothing. Useful is what the arithmetic needs:
-layers and attention of tokens that are there once, the head at scored positions, forward and backward, as a share of
-the fastest matrix product of this machine.
+Every measurement is a process of its own, with the allocator that our workers have, but for TRL's (`--allocator`);
+micro-batches and arms take turns, there and back, and what is reported are medians of the ratios of neighbours. Every
+optimizer step is of 8 pairs, in micro-batches of 1 to 8. An arm whose losses are not those of TRL reports nothing.
+Useful is what the arithmetic needs: layers and attention of tokens that are there once, the head at scored positions,
+forward and backward, as a share of the fastest matrix product of this machine.
 
     python -m tests.benchmarks.step --quick
     python -m tests.benchmarks.step --shape smollm2-135m --profiles alpaca --pairs my_pairs.jsonl --out speed.json
@@ -90,21 +90,21 @@ def main() -> None:
     measurements = []
     with tempfile.TemporaryDirectory() as folder:
         for profile in given.profiles:
-            for micro in given.micro:
-                job = {
-                    "folder": f"{folder}/{profile}", "shape": given.shape, "profile": profile, "micro": micro,
-                    "steps": given.steps, "threads": given.threads, "pairs": given.pairs,
-                }  # fmt: skip
-                prepare(job)
-                for repeat in range(given.repeats):
-                    for arm in given.arms if repeat % 2 == 0 else reversed(given.arms):
-                        found = in_a_process(
-                            {**job, "arm": arm, "repeat": repeat},
-                            threads=given.threads,
-                            variables=allocator() if arm in given.allocator else {},
-                        )
-                        measurements.append(found)
-                        print(json.dumps(measurements[-1]), file=sys.stderr)
+            job = {
+                "folder": f"{folder}/{profile}", "shape": given.shape, "profile": profile, "steps": given.steps,
+                "threads": given.threads, "pairs": given.pairs,
+            }  # fmt: skip
+            prepare(job)
+            turn = [(micro, arm) for micro in given.micro for arm in given.arms]
+            for repeat in range(given.repeats):
+                for micro, arm in turn if repeat % 2 == 0 else reversed(turn):
+                    found = in_a_process(
+                        {**job, "micro": micro, "arm": arm, "repeat": repeat},
+                        threads=given.threads,
+                        variables=allocator() if arm in given.allocator else {},
+                    )
+                    measurements.append(found)
+                    print(json.dumps(found), file=sys.stderr)
     print(table(measurements, given.arms))
     if given.out:
         Path(given.out).write_text(json.dumps(measurements, indent=1))
