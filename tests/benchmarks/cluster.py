@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_prefopt.allocator import allocator
+
 VOCABULARY = 16_384
 SHAPE = {
     "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6,
@@ -134,10 +136,10 @@ def config_of(job: Job) -> dict[str, Any]:
 
 
 def start(job: Job, *command: str, **options: Any) -> subprocess.Popen[str]:
-    """A process of its own, whose Ray is its own too."""
+    """A process of its own, whose Ray is its own too; a bare loop has the allocator that workers have."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false",
-        "RAY_TMPDIR": job["folder"],
+        "RAY_TMPDIR": job["folder"], **(allocator() if ARMS[job["arm"]] is run_bare else {}),
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen([sys.executable, "-m", *command], env=environment, text=True, **options)

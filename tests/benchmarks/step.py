@@ -154,7 +154,6 @@ def prepare(job: dict[str, Any]) -> None:
     else:
         rng = np.random.default_rng(0)
         prompt, completion = PROFILES[job["profile"]]
-
         longest = min(2.0, 0.95 * MAX_LENGTH / (prompt + completion))
 
         def words(median: int) -> str:
