@@ -5,9 +5,10 @@ V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,9 @@ class Scorer:
     """As `can_restrict_logits` says of the model."""
     is_packed: bool = False
     """Whether micro-batches should be packed."""
-    model: Any = None
-    """What `forward` calls in the end; needed with a head."""
     head: Head | None = None
-    """Of the model, where its gradient can be had in one pass with the logits; packed batches alone use it."""
+    """Of the model, after `open_head`, where its gradient can be had in one pass with the logits; packed batches alone
+    use it."""
     spares_unread: bool = False
     """Whether the last layer of the model leaves out what nothing is read of, as after `spare_unread`."""
 
@@ -53,7 +53,7 @@ class Scorer:
         if head is None or torch.is_grad_enabled():
             return self._all_logps(batch)
         found = FoundLogps(_scored(batch))
-        self._in_head(batch, head, lambda hidden_UD: score(hidden_UD, head, found))
+        self._in_head(batch, lambda hidden_UD: score(hidden_UD, head, found))
         return found.logps()
 
     def loss(self, batch: Batch, pair_loss: PairLoss) -> tuple[Tensor, PairLogps]:
@@ -63,35 +63,16 @@ class Scorer:
             logps = self.logps(batch)
             return pair_loss(logps), logps
         found = FoundLogps(_scored(batch))
-        loss = self._in_head(batch, head, lambda hidden_UD: one_pass(hidden_UD, head, found, pair_loss))
+        loss = self._in_head(batch, lambda hidden_UD: one_pass(hidden_UD, head, found, pair_loss))
         return loss, found.logps()
 
-    def _in_head(self, batch: PackedBatch, head: Head, work: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `work` makes of the states at the positions that predict, (U, D), in place of their logits.
-
-        In the head's forward, where ZeRO 3 has its weights, and waits for their gradient; and the model's output, since
-        DeepSpeed prepares for a backward pass when a gradient reaches that.
-        """
-        made: list[Tensor] = []
-
-        def instead(hidden: Tensor) -> Tensor:
-            return work(hidden.view(-1, hidden.shape[-1]))
-
-        def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            """Logits of one position, for whatever the model does with them."""
-            made.append(output)
-            return output.new_zeros(1, 1, head.linear.out_features)
-
-        def hand_out(_: nn.Module, __: Any, output: Any) -> Any:
-            output.logits = made.pop()
-            return output
-
-        with (
-            _forward_replaced(head.linear, instead),
-            head.linear.register_forward_hook(keep),
-            self.model.register_forward_hook(hand_out, prepend=True),
-        ):
+    def _in_head(self, batch: PackedBatch, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `work` makes of the states at the positions that predict, (U, D), in place of their logits."""
+        token = _head_pass.set(_HeadPass(work))
+        try:
             output: Tensor = self.forward(**self._inputs(batch), logits_to_keep=batch.predicts_U).logits
+        finally:
+            _head_pass.reset(token)
         return output
 
     def _all_logps(self, batch: PackedBatch) -> PairLogps:
@@ -113,14 +94,51 @@ class Scorer:
         }
 
 
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: ForwardFn) -> Iterator[None]:
-    """While a module does something else, with all its hooks."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+@dataclass(slots=True)
+class _HeadPass:
+    """What a forward pass does in the head in place of logits, and what came of it."""
+
+    work: Callable[[Tensor], Tensor]
+    made: Tensor | None = None
+
+
+_head_pass: ContextVar[_HeadPass | None] = ContextVar("head_pass", default=None)
+"""That this thread is in; None where logits are wanted."""
+
+
+def open_head(model: nn.Module, head: Head) -> None:
+    """Let a pass do its work in the head of a model; without any the head does what it did.
+
+    In the head's forward, where ZeRO 3 has its weights, and waits for their gradient; and the model's output, since
+    DeepSpeed prepares for a backward pass when a gradient reaches that.
+    """
+    linear: Any = head.linear
+    if getattr(linear.forward, "func", None) is _work_or_logits:  # it does already
+        return
+    linear.forward = partial(_work_or_logits, linear.forward)
+    linear.register_forward_hook(_keep)
+    model.register_forward_hook(_hand_out, prepend=True)
+
+
+def _work_or_logits(forward: ForwardFn, hidden: Tensor) -> Tensor:
+    now = _head_pass.get()
+    return forward(hidden) if now is None else now.work(hidden.view(-1, hidden.shape[-1]))
+
+
+def _keep(head: Any, _: Any, output: Tensor) -> Tensor:
+    """Logits of one position, for whatever the model does with them."""
+    now = _head_pass.get()
+    if now is None:
+        return output
+    now.made = output
+    return output.new_zeros(1, 1, head.out_features)
+
+
+def _hand_out(_: nn.Module, __: Any, output: Any) -> Any:
+    now = _head_pass.get()
+    if now is not None:
+        output.logits = now.made
+    return output
 
 
 def pair_logps(forward: ForwardFn, batch: PairBatch, *, restrict_logits: bool = True) -> PairLogps:

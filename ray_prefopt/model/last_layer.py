@@ -7,7 +7,7 @@ Shape suffixes: T tokens of the packed row, U positions that are read, D hidden 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,11 +24,8 @@ class Read(NamedTuple):
     """How many tokens each pair begins with of which nothing is."""
 
 
-@dataclass(slots=True)
-class _Pass:
-    """The forward pass that the last layer is in, or the repetition of it for the backward pass."""
-
-    read: Read | None = None
+_read: ContextVar[Read | None] = ContextVar("read", default=None)
+"""Of the forward pass that this thread is in, or of the repetition of it for the backward pass."""
 
 
 def spare_unread(model: Any) -> bool:
@@ -40,11 +37,12 @@ def spare_unread(model: Any) -> bool:
     attention: Any = _part(layer, "self_attn", "attn", "attention")
     if attention is None:
         return False
-    now = _Pass()
-    attention.forward = partial(_attending, now, attention.forward)
+    if getattr(attention.forward, "func", None) is _attending:  # it does already
+        return True
+    attention.forward = partial(_attending, attention.forward)
     for part in (_part(layer, "mlp"), _part(attention, "q_proj"), _part(attention, "o_proj")):
         if part is not None:
-            part.forward = partial(_where_read, now, part.forward)
+            part.forward = partial(_where_read, part.forward)
     return True
 
 
@@ -52,16 +50,17 @@ def _part(module: Any, *names: str) -> Any:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def _attending(now: _Pass, forward: Forward, *args: Any, read: Read | None = None, **kwargs: Any) -> Any:
+def _attending(forward: Forward, *args: Any, read: Read | None = None, **kwargs: Any) -> Any:
     """The forward of the attention, which is the first part of the layer."""
-    now.read = read
+    _read.set(read)
     return forward(*args, **kwargs) if read is None else forward(*args, unread=read.unread, **kwargs)
 
 
-def _where_read(now: _Pass, forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _where_read(forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A forward of each token by itself, (1, T, D); zero where nothing is read of it."""
-    if now.read is None:
+    read = _read.get()
+    if read is None:
         return forward(x, *args, **kwargs)
-    positions_U = now.read.positions_U
+    positions_U = read.positions_U
     found: Tensor = forward(x.index_select(1, positions_U), *args, **kwargs)
     return found.new_zeros(1, x.shape[1], found.shape[-1]).index_copy_(1, positions_U, found)

@@ -16,7 +16,7 @@ from ray_prefopt.errors import ModelError
 from ray_prefopt.losses.head import Head
 from ray_prefopt.model.adapters import base_of
 from ray_prefopt.model.attention import NAME
-from ray_prefopt.model.forward import ForwardFn, Scorer, can_restrict_logits
+from ray_prefopt.model.forward import ForwardFn, Scorer, can_restrict_logits, open_head
 from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.last_layer import spare_unread
 from ray_prefopt.model.onednn import linear
@@ -46,7 +46,10 @@ def make_scorer(
         base.set_attn_implementation(NAME)
         packed = Scorer(forward, is_packed=True)
         head = head_of(model)
-        candidates = [packed] if head is None else [replace(packed, model=model, head=head), packed]
+        candidates = [packed]
+        if head is not None:
+            open_head(model, head)
+            candidates.insert(0, replace(packed, head=head))
         if spare_unread(base):
             candidates = [replace(each, spares_unread=True) for each in candidates] + candidates
         for candidate in candidates:

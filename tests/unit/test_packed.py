@@ -219,9 +219,10 @@ def test_a_cap_on_the_logits() -> None:
 
 def test_the_states_under_the_head_are_asked_for_once_and_not_their_logits() -> None:
     model = model_of("qwen2")
-    packed, _ = scorers(model)
     batch, seen = pack(pairs_of(3)), []
     model.lm_head.register_forward_hook(lambda _, states, out: seen.append((states[0].shape, out.shape)))
+    packed, _ = scorers(model)
+    seen.clear()
     graded(packed, batch, LOSSES[0], model)
     assert seen == [((1, len(batch.predicts_U), 32), ())]
 
