@@ -34,7 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.step --quick
 
 bench-full: $(INSTALLED)
-	$(BIN)/python -m tests.benchmarks.step --arms trl padded unshared shared headed packed --out step.json
+	$(BIN)/python -m tests.benchmarks.step --arms trl padded unshared shared headed packed halved --out step.json
 	$(BIN)/python -m tests.benchmarks.cluster --out cluster.json
 	$(BIN)/python -m tests.benchmarks.tokens --out tokens.json
 	$(BIN)/python -m tests.benchmarks.balance

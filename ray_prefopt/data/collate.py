@@ -101,6 +101,26 @@ class PackedBatch(_Tensors):
             )
         ]
 
+    def pairs(self) -> list[TokenizedPair]:
+        """What `pack` was given, but for completions that begin with the very first token."""
+        parts = self.input_ids_T.split([sum(each) for each in self.segments])
+        targets = self.targets_S.split([sum(each) for each in self.scored])
+        return [
+            TokenizedPair(
+                [*ids[: shared + chosen], ends[of_chosen - 1]],
+                [*ids[:shared], *ids[shared + chosen :], ends[-1]],
+                shared + chosen + 1 - of_chosen,
+                shared + rejected + 1 - of_rejected,
+            )
+            for ids, ends, (shared, chosen, rejected), (of_chosen, of_rejected) in zip(
+                (part.tolist() for part in parts),
+                (part.tolist() for part in targets),
+                self.segments,
+                self.scored,
+                strict=True,
+            )
+        ]
+
     @property
     def num_tokens(self) -> int:
         return self.input_ids_T.numel()

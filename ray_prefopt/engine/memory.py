@@ -93,6 +93,7 @@ def estimate(
     is_half: bool = True,
     checkpointing: bool = False,
     chunked_head: bool = True,
+    in_halves: bool = False,
     offload_optimizer: bool = False,
     offload_param: bool = False,
     device: Literal["cpu", "cuda"] = "cuda",
@@ -100,7 +101,8 @@ def estimate(
     """The peak of a step of several micro-batches with AdamW.
 
     `tokens` are those of a micro-batch that are computed, `scored` the completion tokens among them; `zero_stage` is
-    None for the plain engine. Without `chunked_head` all logits of a micro-batch are there at once.
+    None for the plain engine. Without `chunked_head` all logits of a micro-batch are there at once; `in_halves` both of
+    its halves are, with gradients of their own.
     """
     stage = zero_stage or 0
     precision: Precision = "single" if not is_half else "half" if stage else "autocast"
@@ -112,6 +114,9 @@ def estimate(
         gradients += HALF * trained  # as they come, before they are added up
     optimizer = 3 * SINGLE * shard if stage else 2 * SINGLE * trained
     working, reduction = _of_engine(size, zero_stage, shard, precision, device)
+    parts = 1
+    if in_halves:
+        parts, reduction = 2, 2 * SINGLE * trained
     host = 0
     if stage == 3:
         weights = -(-weights // world_size)
@@ -124,7 +129,7 @@ def estimate(
         gradients=gradients,
         optimizer=optimizer,
         activations=activation_bytes(size, tokens, precision, checkpointing=checkpointing, tiled=tiled),
-        head=_head_bytes(size, scored, chunked=chunked_head, is_half=is_half, device=device),
+        head=parts * _head_bytes(size, scored // parts, chunked=chunked_head, is_half=is_half, device=device),
         working=working,
         reduction=reduction,
         host=host,

@@ -31,7 +31,7 @@ class PlainEngine:
     ) -> None:
         self.module = module.to(device=device, dtype=torch.float32)
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self._max_grad_norm = optim.max_grad_norm or math.inf
         self.optimizer, make_schedule = optimizer_for(self.module, optim, total_steps, own_optimizer)
         self.schedule = make_schedule(self.optimizer)
@@ -44,7 +44,7 @@ class PlainEngine:
             return self.module(**inputs)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()

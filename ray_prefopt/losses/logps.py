@@ -3,7 +3,7 @@
 Shape suffixes: B pairs, S scored positions, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -43,6 +43,17 @@ class PairLogps:
         counts_2B = lengths_2B.float()
         return cls(
             sums_2B[0::2], sums_2B[1::2], counts_2B[0::2], counts_2B[1::2], means_2B[0::2], means_2B[1::2]
+        )
+
+    def put(self, places_N: Tensor, logps: Self) -> Self:
+        """With those of N pairs, (N,), in their places."""
+        return replace(
+            self,
+            **{
+                field.name: getattr(self, field.name).index_copy(0, places_N, getattr(logps, field.name))
+                for field in fields(self)
+                if field.name != "aux_loss"
+            },
         )
 
     @property

@@ -110,11 +110,24 @@ def footprint(
         is_half=compute_dtype(given, architecture) != torch.float32,
         checkpointing=given.gradient_checkpointing,
         chunked_head=outline.has_chunked_head,
+        in_halves=_is_halved(config, outline),
         offload_optimizer=engine.offload_optimizer != "none",
         offload_param=engine.offload_param != "none",
         device="cuda" if run.use_gpu else "cpu",
     )
     return Footprint(found, tokens)
+
+
+def _is_halved(config: TrainConfig, outline: Outline) -> bool:
+    """Whether workers compute micro-batches in halves, as far as that can be known before there are any."""
+    run = config.run
+    return (
+        config.engine.kind == "plain"
+        and not run.use_gpu
+        and run.cpus_per_worker % 2 == 0
+        and outline.costs.layout == "packed"
+        and compute_dtype(config.model, outline.architecture) != torch.float16
+    )
 
 
 class Peak:

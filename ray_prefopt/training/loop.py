@@ -68,6 +68,7 @@ from ray_prefopt.training.checkpoint import (
 )
 from ray_prefopt.training.due import Due
 from ray_prefopt.training.footprint import Peak
+from ray_prefopt.training.halves import in_halves
 from ray_prefopt.training.job import Job, best_metric, make_plan
 from ray_prefopt.training.metrics import Meter, MetricSums, Record
 from ray_prefopt.training.predictions import Evaluation, Predictions, computed
@@ -148,6 +149,7 @@ class _Training:
         if why_padded and job.config.model.layout == "auto":
             reports.note(f"pairs are padded, not packed: {why_padded}")
         costs = _costs(engine, self._scorer)
+        self._scorer = in_halves(self._scorer, engine, costs)
         self._batching = batching_of(blocks, job.config, costs)
         self._evaluations = _eval_sets(job, engine, self._scorer, costs)
         self._best_metric = best_metric(

@@ -232,6 +232,7 @@ def run_bare(job: Job) -> Job:
     from ray_prefopt.losses.objective import Objective
     from ray_prefopt.model.layout import make_scorer
     from ray_prefopt.training.batches import batching_of, costs_of, layout_of, step_inputs
+    from ray_prefopt.training.halves import in_halves
     from ray_prefopt.training.job import make_plan
     from ray_prefopt.training.metrics import MetricSums
     from ray_prefopt.training.step import train_step
@@ -247,9 +248,8 @@ def run_bare(job: Job) -> Job:
     engine = build_engine(config, total_steps=plan.total_steps, device=cpu)
     scorer, _ = make_scorer(engine.forward, engine.module, config.model, torch.float32, cpu)
     architecture: Any = engine.module.config
-    batching = batching_of(
-        blocks, config, costs_of(architecture, layout_of(architecture, is_packed=scorer.is_packed))
-    )
+    costs = costs_of(architecture, layout_of(architecture, is_packed=scorer.is_packed))
+    scorer, batching = in_halves(scorer, engine, costs), batching_of(blocks, config, costs)
     steps = list(
         step_inputs(plan, batching, PairReader(blocks), 0, lambda pairs, weight: pack(pairs, weight=weight))
     )

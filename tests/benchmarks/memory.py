@@ -53,6 +53,8 @@ class Case:
     lora: bool = False
     layout: str = "packed"
     pairs: int = 4
+    threads: int = 1
+    """Two compute micro-batches in halves."""
     model: Mapping[str, int] = field(default_factory=lambda: SMALL)
 
     def config(self, model: Mapping[str, int]) -> TrainConfig:
@@ -76,6 +78,7 @@ class Case:
                     "global_batch": MICRO_BATCHES * self.pairs * self.ranks,
                     "micro_batch": self.pairs,
                     "max_steps": STEPS,
+                    "cpus_per_worker": self.threads,
                 },
             }
         )
@@ -87,6 +90,8 @@ CASES = [
     Case("plain, 1 rank, 16 pairs", pairs=16),
     Case("plain, 1 rank, 16 pairs, checkpointing", pairs=16, checkpointing=True),
     Case("plain, 1 rank, vocabulary of 65536", model=SMALL | {"vocab_size": 65536}),
+    Case("plain, 1 rank, in halves", threads=2),
+    Case("plain, 1 rank, in halves, checkpointing", threads=2, checkpointing=True),
     Case("plain, 1 rank, LoRA", lora=True),
     Case("plain, 1 rank, padded", layout="padded"),
     Case("plain, 1 rank, padded, vocabulary of 65536", layout="padded", model=SMALL | {"vocab_size": 65536}),
@@ -176,6 +181,7 @@ def expected(case: Case) -> MemoryEstimate:
         world_size=case.ranks,
         is_half=case.dtype != "float32",
         checkpointing=case.checkpointing,
+        in_halves=case.threads == 2,
         device="cpu",
     )
 

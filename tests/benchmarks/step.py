@@ -42,6 +42,7 @@ ARMS = {
     "shared": "and shared prompts",
     "headed": "and the head in one pass",
     "packed": "and the last layer where it is read",
+    "halved": "and both halves of a micro-batch at once",
 }
 LOSS = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.5}
 MAX_LENGTH = 1024
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--micro", nargs="+", type=int, choices=sizes, default=sizes, help="pairs in a micro-batch"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["trl", "packed"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["trl", "halved"])
     parser.add_argument("--steps", type=int, default=6, help="measured, after two of warm-up")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -282,6 +283,8 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
     from ray_prefopt.losses.objective import Objective, StepTotals
     from ray_prefopt.model.layout import make_scorer
     from ray_prefopt.model.load import load_model
+    from ray_prefopt.training.batches import costs_of
+    from ray_prefopt.training.halves import in_halves
     from ray_prefopt.training.metrics import MetricSums
     from ray_prefopt.training.step import StepInput, train_step
 
@@ -306,6 +309,8 @@ def _ours(job: dict[str, Any], meter: Meter) -> list[float]:
         device=cpu,
     )
     scorer, _ = make_scorer(engine.forward, module, config, torch.float32, cpu)
+    if arm == "halved":
+        scorer = in_halves(scorer, engine, costs_of(module.config, "packed"))
     if arm in ("unshared", "shared", "headed"):
         scorer = replace(scorer, spares_unread=False)
     if arm in ("unshared", "shared"):

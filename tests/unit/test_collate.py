@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_prefopt.data.collate import PairBatch, collate
+from ray_prefopt.data.collate import PairBatch, collate, pack
 from ray_prefopt.data.tokenization import TokenizedPair
 
 PAD = 9
@@ -115,3 +115,14 @@ def test_rows_and_completions_come_back(pairs: list[TokenizedPair], pad_id: int)
     assert batch.predicts_RD.sum(1).tolist() == [len(tokens) - start for tokens, start in sides]
     assert batch.input_ids_RT.shape[1] == max(len(tokens) for tokens, _ in sides)
     assert set(batch.input_ids_RT[batch.attention_mask_RT == 0].tolist()) <= {pad_id}
+
+
+@given(st.lists(tokenized(), min_size=1, max_size=4))
+def test_pairs_come_back_from_their_row(pairs: list[TokenizedPair]) -> None:
+    assert pack(pairs).pairs() == pairs
+
+
+def test_a_pair_without_a_prompt_comes_back_as_it_is_scored() -> None:
+    """Nothing predicts a very first token, of which the row no longer knows that it was an answer's."""
+    batch = pack([TokenizedPair([1, 2], [1, 3, 4], 0, 1)])
+    assert batch.pairs() == [TokenizedPair([1, 2], [1, 3, 4], 1, 1)]

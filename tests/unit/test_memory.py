@@ -247,6 +247,25 @@ def test_all_logits_at_once_where_they_are_not_made_in_chunks(tmp_path: Path) ->
         assert text.startswith(f"about {found.device / 1e6:.1f} MB, ")
 
 
+def test_halves_have_heads_and_gradients_of_their_own(tmp_path: Path) -> None:
+    """By hand: 25 logits each, and twice the gradients of 10 x 4 weights, and of all 1000."""
+    found = of(scored=50, zero_stage=None, is_half=False, in_halves=True)
+    assert (found.head, found.reduction) == (2 * (4 * 250 + 4 * 40), 2 * 4000)
+    size = ModelSize(148160, 64, 2, 512, 128, 64)
+    for engine, cpus, dtype, is_halved in (
+        ({"kind": "plain"}, 2, "float32", True),
+        ({"kind": "plain"}, 3, "float32", False),
+        ({"kind": "plain"}, 2, "float16", False),
+        ({"zero_stage": 0}, 2, "float32", False),
+    ):
+        estimated = estimate(
+            size, tokens=2048, scored=2048, zero_stage=None if "kind" in engine else 0, world_size=2,
+            is_half=dtype == "float16", in_halves=is_halved, device="cpu",
+        )  # fmt: skip
+        text = planned(tmp_path, model={"dtype": dtype}, engine=engine, run={"cpus_per_worker": cpus})
+        assert text.startswith(f"about {estimated.device / 1e6:.1f} MB, ")
+
+
 def test_models_that_are_not_packed_are_known_beforehand(tmp_path: Path) -> None:
     """BLOOM's positions are in its scores; a head with an adapter of its own has its logits at once."""
     config = TrainConfig.model_validate(
