@@ -18,6 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "micro-batch 1": {"run": {"micro_batch": 1}},
     "micro-batch 8": {"run": {"micro_batch": 8}},
+    "in halves": {"run": {"cpus_per_worker": 2}},
     "150 tokens": {"run": {"micro_batch_tokens": 150}},
     "40 tokens": {"run": {"micro_batch_tokens": 40}},
     "150 tokens, padded": {"run": {"micro_batch_tokens": 150}, "model": {"layout": "padded"}},

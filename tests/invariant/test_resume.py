@@ -24,6 +24,8 @@ SAME_RANKS: dict[str, dict[str, Any]] = {
     **{f"zero {stage}": {"engine": f"zero{stage}"} for stage in range(4)},
     **{f"zero {stage}, bf16": {"engine": f"zero{stage}", "dtype": "bfloat16"} for stage in (1, 2, 3)},
     "plain, bf16": {"dtype": "bfloat16"},
+    "plain, in halves": {"run": {"cpus_per_worker": 2}},
+    "plain, in halves, bf16": {"run": {"cpus_per_worker": 2}, "dtype": "bfloat16"},
     "zero 2, lora": {"engine": "zero2", "lora": True},
     "zero 3, lora": {"engine": "zero3", "lora": True},
 }
