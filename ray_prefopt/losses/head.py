@@ -65,6 +65,8 @@ class Head:
     softcap: float | None = None
     product: Callable[[Tensor, Tensor], Tensor] = F.linear
     """As `F.linear`, without gradients: of states (C, D) and weights (V, D), and back."""
+    add_product: Callable[[Tensor, Tensor, Tensor], object] = Tensor.addmm_
+    """Of two more to the first: what (V, C) and (C, D) give to the gradient of the weights, in fp32."""
 
 
 def one_pass(hidden_UD: Tensor, head: Head, found: FoundLogps, pair_loss: PairLoss) -> Tensor:
@@ -137,7 +139,7 @@ class _Logits:
         self.weight_VD = weight_VD.to(hidden_UD.dtype)
         self._bias_V = None if bias_V is None else bias_V.detach().float()
         self._mean_D = weight_VD.mean(0, dtype=torch.float32)
-        self.product = head.product
+        self.product, self.add_product = head.product, head.add_product
         self._head, self._found, self._scored = head, found, found.scored
 
     def groups(self) -> Iterator[list[_Part]]:
@@ -206,7 +208,7 @@ class _Gradients:
             d_logits_CV = logits.gradient(scores, part, slopes)
             self.hidden_UD[part.rows] = logits.product(d_logits_CV, logits.weight_VD.T)
             if self.weight_VD is not None:
-                self.weight_VD.addmm_(d_logits_CV.T, hidden_CD)
+                logits.add_product(self.weight_VD, d_logits_CV.T, hidden_CD)
             if self.bias_V is not None:
                 self.bias_V += d_logits_CV.sum(0)
             return

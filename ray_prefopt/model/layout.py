@@ -19,7 +19,7 @@ from ray_prefopt.model.attention import NAME
 from ray_prefopt.model.forward import ForwardFn, Scorer, can_restrict_logits, open_head
 from ray_prefopt.model.hub import first_line
 from ray_prefopt.model.last_layer import spare_unread
-from ray_prefopt.model.onednn import linear
+from ray_prefopt.model.onednn import add_product, linear
 
 TOLERANCE = {torch.float32: 1e-3}
 """Nats per token by which two layouts may differ in rounding; 0.1 in half precision."""
@@ -106,7 +106,7 @@ def head_of(model: nn.Module) -> Head | None:
     text = base.config.get_text_config()
     scaling = getattr(text, "logits_scaling", None) or 1.0
     scale = getattr(text, "logit_scale", None) or scaling ** POWER_OF_SCALING.get(text.model_type, -1)
-    return Head(module, float(scale), getattr(text, "final_logit_softcapping", None), linear)
+    return Head(module, float(scale), getattr(text, "final_logit_softcapping", None), linear, add_product)
 
 
 @torch.no_grad()
