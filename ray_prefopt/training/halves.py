@@ -120,4 +120,6 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # who gets the last reference need not copy
-        return None, None, *(None if each is None else each.mul_(upstream) for each in gradients)
+        if upstream != 1:  # a pass over all weights
+            gradients = [None if each is None else each.mul_(upstream) for each in gradients]
+        return None, None, *gradients
