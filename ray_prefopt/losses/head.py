@@ -139,8 +139,7 @@ class _Logits:
         self.weight_VD = weight_VD.to(hidden_UD.dtype)
         self._bias_V = None if bias_V is None else bias_V.detach().float()
         self._mean_D = weight_VD.mean(0, dtype=torch.float32)
-        self.product, self.add_product = head.product, head.add_product
-        self._head, self._found, self._scored = head, found, found.scored
+        self.head, self._found, self._scored = head, found, found.scored
 
     def groups(self) -> Iterator[list[_Part]]:
         limit = CHUNK_ELEMENTS[self.hidden_UD.device.type] // len(self.weight_VD)
@@ -149,7 +148,7 @@ class _Logits:
     def score(self, part: _Part) -> tuple[Tensor, Tensor | None]:
         """Note the log-probabilities and mean logits of a part; returns its probabilities, and the slope of the cap if
         there is one."""
-        logits_CV, softcap = self._of(part), self._head.softcap
+        logits_CV, softcap = self._of(part), self.head.softcap
         source, targets = part.source(self._scored), self._scored.targets_S[part.tokens]
         picked = logits_CV[source, targets]
         largest_C = logits_CV.amax(-1)
@@ -173,8 +172,8 @@ class _Logits:
 
     def _of(self, part: _Part) -> Tensor:
         """(C, V) in fp32."""
-        head = self._head
-        logits_CV = self.product(self.hidden_UD[part.rows], self.weight_VD).float()
+        head = self.head
+        logits_CV = head.product(self.hidden_UD[part.rows], self.weight_VD).float()
         if self._bias_V is not None:
             logits_CV += self._bias_V
         if head.scale != 1.0:
@@ -185,12 +184,12 @@ class _Logits:
 
     def _means(self, part: _Part, logits_CV: Tensor) -> Tensor:
         """(C,): by the mean of the weights where that is the same, which is less work."""
-        if self._head.softcap is not None:
+        if self.head.softcap is not None:
             return logits_CV.mean(-1)
         means_C = (self.hidden_UD[part.rows] * self._mean_D).sum(-1)
         if self._bias_V is not None:
             means_C += self._bias_V.mean()
-        return means_C * self._head.scale
+        return means_C * self.head.scale
 
 
 class _Gradients:
@@ -206,9 +205,9 @@ class _Gradients:
         logits, hidden_CD = self._logits, self._logits.hidden_UD[part.rows]
         if hidden_CD.dtype == torch.float32:
             d_logits_CV = logits.gradient(scores, part, slopes)
-            self.hidden_UD[part.rows] = logits.product(d_logits_CV, logits.weight_VD.T)
+            self.hidden_UD[part.rows] = logits.head.product(d_logits_CV, logits.weight_VD.T)
             if self.weight_VD is not None:
-                logits.add_product(self.weight_VD, d_logits_CV.T, hidden_CD)
+                logits.head.add_product(self.weight_VD, d_logits_CV.T, hidden_CD)
             if self.bias_V is not None:
                 self.bias_V += d_logits_CV.sum(0)
             return

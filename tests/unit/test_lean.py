@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -83,7 +84,9 @@ def test_each_module_is_tried_by_itself_and_with_large_inputs(limit: float) -> N
 
 
 def test_linear_layers_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the head's; with biases, and in other precisions as torch does."""
+    """All but the head's, forward and both gradients; with biases, and in other precisions as torch does."""
+    product = Mock(wraps=onednn._product)
+    monkeypatch.setattr(onednn, "_product", product)
     monkeypatch.setattr(onednn, "IS_FASTER", True)
     model = model_of("qwen2")
     other = copy.deepcopy(model)
@@ -93,6 +96,7 @@ def test_linear_layers_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         "lm_head"
     }
     (logits, expected), (other_logits, found) = gradients(model), gradients(other)
+    assert product.call_count == 3 * (len(linear) - 1)
     torch.testing.assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
     assert_close(expected, found, 2e-6)
     half = gradients(model, torch.bfloat16), gradients(other, torch.bfloat16)
