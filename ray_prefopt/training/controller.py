@@ -13,9 +13,11 @@ import ray._private.state
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
@@ -23,7 +25,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 
 from ray_prefopt.config import RunConfig
 from ray_prefopt.errors import ResourceError
-from ray_prefopt.training.room import TELL_EACH_S, fitting, missing
+from ray_prefopt.training.room import TELL_EACH_S, fitting, is_alone, missing
 
 LOOK_S = 1.0
 """Between two looks for room: Ray's controller itself would look without a pause."""
@@ -35,8 +37,9 @@ WAITING = ("INITIALIZING", "RESTARTING", "RESCHEDULING")
 """States of Ray's controller; it has one of them for as long as it finds no room."""
 
 
-class Watch(ControllerCallback):
-    """Tells the run's log who controls the workers, when they are lost, and what is missing to start them again.
+class Watch(ControllerCallback, WorkerGroupCallback):
+    """Tells the run's log who controls the workers, where they are, when they are lost, and what is missing to start
+    them again.
 
     Raises ResourceError when that takes longer than run.restart_timeout_s, or run.resource_timeout_s in the beginning.
     """
@@ -50,6 +53,10 @@ class Watch(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
         self._log.controlled.remote(ray.get_runtime_context().current_actor)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._log.placed.remote(place)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         before, now = _name(previous_state), _name(current_state)
@@ -125,14 +132,29 @@ class Trainer(TorchTrainer):
         self._run = run
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without that for Ray Datasets, of which there are none: workers read blocks."""
+        """Without that for Ray Datasets, of which there are none: workers read blocks. And without that for workers of
+        a controller that died, which asks Ray's dashboard each second: the driver ends them."""
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # Train v2 has it
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        unused = DatasetsCallback, PlacementGroupCleanerCallback
+        return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        scaling: Any = self.scaling_config
         if self._run.is_elastic:
-            arguments["scaling_policy"] = AtCheckpoints(self.scaling_config, self._run)
+            arguments["scaling_policy"] = AtCheckpoints(scaling, self._run)
+        elif is_alone():
+            arguments["scaling_policy"] = Unasked(scaling)
         return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]  # Train v2 has it
+
+
+class Unasked(FixedScalingPolicy):
+    """Ray's policy for a number of workers that stays, without the process by which it asks an autoscaler for nodes."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
 
 
 class AtCheckpoints(ElasticScalingPolicy):

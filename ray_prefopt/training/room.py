@@ -43,6 +43,11 @@ def fitting(run: RunConfig, nodes: Iterable[Mapping[str, float]]) -> int:
     return sum(min(int(node.get(name, 0) // number) for name, number in each.items()) for node in nodes)
 
 
+def is_alone() -> bool:
+    """Whether the cluster is a single node."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
 def wait_for_room(run: RunConfig) -> None:
     """Wait until the cluster has room for the fewest workers; raises ResourceError after run.resource_timeout_s."""
     begun, workers = time.monotonic(), run.min_workers

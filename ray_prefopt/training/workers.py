@@ -20,14 +20,16 @@ import ray.exceptions
 import ray.train
 from ray._common.network_utils import parse_address  # type: ignore[attr-defined]  # re-exported from C
 from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+from ray.util.placement_group import remove_placement_group
 
 from ray_prefopt.allocator import allocator
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ResourceError, TrainingError
-from ray_prefopt.training.controller import Trainer, Watch
+from ray_prefopt.training.controller import Trainer, Watch, cause
 from ray_prefopt.training.network import RayNetwork
-from ray_prefopt.training.room import of_a_worker, wait_for_room
+from ray_prefopt.training.room import is_alone, of_a_worker, wait_for_room
 
 if TYPE_CHECKING:
     from ray_prefopt.training.job import Job
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 def start_ray() -> None:
     """Connect to the cluster of RAY_ADDRESS, else to the one of `ray start`, else start one here.
 
+    One that is started here has no dashboard, whose dozen processes would take time from the workers.
+
     A process that is connected stays so. Raises ResourceError when nothing answers at RAY_ADDRESS; Ray itself would
     try for many minutes. What `ray start` left behind when its machine went down is passed over.
     """
@@ -55,7 +59,12 @@ def start_ray() -> None:
             f"no Ray cluster answers at {address}, which RAY_ADDRESS={asked} names: start it, or set "
             "RAY_ADDRESS=local to run on this machine"
         )
-    ray.init("local" if is_gone else None, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local" if is_gone else None,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def _known_address(asked: str) -> str | None:
@@ -122,25 +131,28 @@ def _run_workers(work: str, job: "Job", log: Any) -> None:
         ),
         run=run,
     )
-    failure: TrainingFailedError | None = None
+    failure: Exception | None = None
     try:
         with _watched_for_preemption():
             _fit(trainer, log)
     except TrainingFailedError as error:
-        failure = error
+        failure, why = error, _first_failure(error)
+    except RayActorError as error:
+        failure, why = error, f"Ray Train's controller died, {cause(error)}. Start the same command again"
+        if (place := ray.get(log.place.remote())) is not None:
+            remove_placement_group(place)
     fatal = ray.get(log.fatal.remote())
     if fatal is not None:
         raise fatal
     if failure is not None:
-        raise TrainingError(_first_failure(failure)) from failure
+        raise TrainingError(why) from failure
 
 
 @contextmanager
 def _watched_for_preemption() -> Iterator[None]:
     """Ray asks every few seconds, in a process of its own, whether a node is about to be taken away. A node by itself
     would take that process along, which does not start then, unless the driver's environment says so."""
-    is_alone = sum(node["Alive"] for node in ray.nodes()) == 1
-    if not is_alone or WATCHER in os.environ:
+    if not is_alone() or WATCHER in os.environ:
         yield
         return
     os.environ[WATCHER] = "0"
@@ -181,7 +193,7 @@ def stop(controller: Any) -> None:
         ray.get(controller.abort.remote(), timeout=STOP_S)
     except ray.exceptions.GetTimeoutError:
         ray.kill(controller)
-    except ray.exceptions.RayActorError:  # it goes by its own hand
+    except RayActorError:  # it goes by its own hand
         pass
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from ray_prefopt.errors import TrainingError
 from ray_prefopt.settings import dump_yaml
 from ray_prefopt.training.folder import TrainResult
 from ray_prefopt.training.run import train
@@ -46,25 +48,56 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str] | None = No
         time.sleep(0.01)
 
 
-def test_a_killed_worker(straight: TrainResult, toy: Toy) -> None:
+def processes(name: str) -> list[psutil.Process]:
+    """Those of this one's Ray that live, with this in their name."""
+    ours = psutil.Process().children(recursive=True)
+    living = [child for child in ours if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if name in " ".join(child.cmdline())]
+
+
+@contextmanager
+def killing(name: str, folder: Path) -> Iterator[None]:
+    """A process with this in its name dies after the fifth step of the run in a folder."""
     killed: list[int] = []
 
-    def kill_one(folder: Path) -> None:
+    def kill_one() -> None:
         wait_for(folder, 5)
-        ours = psutil.Process().children(recursive=True)
-        worker = next(child for child in ours if "RayTrainWorker" in " ".join(child.cmdline()))
-        worker.kill()
-        killed.append(worker.pid)
+        process = processes(name)[0]
+        process.kill()
+        killed.append(process.pid)
 
-    killer = threading.Thread(target=kill_one, args=(toy.folder / "runs" / "killed",))
+    killer = threading.Thread(target=kill_one)
     killer.start()
-    result = train(toy.config(name="killed", max_failures=2))
+    yield
     killer.join()
     assert killed
+
+
+def test_a_killed_worker(straight: TrainResult, toy: Toy) -> None:
+    with killing("RayTrainWorker", toy.folder / "runs" / "killed"):
+        result = train(toy.config(name="killed", max_failures=2))
     assert result.steps == STEPS
     assert_same_weights(result.model, straight.model)
     steps = [record["step"] for record in records_of(result.folder) if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_killed_controller(straight: TrainResult, toy: Toy) -> None:
+    """Its workers, which hold the room of those to come, go with it."""
+    config = toy.config(name="headless", save_steps=4)
+    words = "^Ray Train's controller died, The actor is dead because its .*Start the same command again"
+    with (
+        killing("TrainController", toy.folder / "runs" / "headless"),
+        pytest.raises(TrainingError, match=words),
+    ):
+        train(config)
+    _, alive = psutil.wait_procs(processes("RayTrainWorker"), timeout=PATIENCE_S)
+    assert not alive
+    result = train(config)
+    assert_same_weights(result.model, straight.model)
+    assert [record["step"] for record in records_of(result.folder) if "loss" in record] == list(
+        range(1, STEPS + 1)
+    )
 
 
 @pytest.mark.soak

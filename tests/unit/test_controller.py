@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import PreemptionInfo, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import state as states
@@ -237,11 +238,11 @@ def test_fewer_than_the_fewest_do_not_start(policy: AtCheckpoints, monkeypatch: 
 # --- Processes that are not started ---
 
 
-def test_there_is_none_for_datasets_that_are_not_there() -> None:
+def test_there_is_none_for_datasets_nor_for_what_the_driver_does() -> None:
     """And the others that Ray Train makes are left as they are."""
     rays = {type(callback) for callback in TorchTrainer(print)._create_default_callbacks()}
     ours = {type(callback) for callback in Trainer(print, run=RunConfig())._create_default_callbacks()}
-    assert (rays - ours, ours - rays) == ({DatasetsCallback}, set())
+    assert (rays - ours, ours - rays) == ({DatasetsCallback, PlacementGroupCleanerCallback}, set())
 
 
 @pytest.mark.parametrize(("nodes", "given", "seen"), [(1, None, "0"), (1, "1", "1"), (2, None, None)])
