@@ -6,7 +6,6 @@ in a row of their own: the values are those of the padded layout (prefix sharing
 Shape suffixes: T tokens of the packed row, Q queries, K keys, H heads, G heads of keys and values, D head size.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,13 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ray_prefopt.model.cpu_attention import Segments, attend_on_cpu
+
 NAME = "ray_prefopt_packed"
-Segments = tuple[tuple[int, int, int], ...]
-"""Of each pair the tokens that are shared, chosen, and rejected."""
-TILE = 256
-"""Queries that torch's kernel for CPUs gets at once: it skips keys behind a query in steps of 512 alone."""
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_attention(
@@ -69,8 +64,7 @@ def packed_attention(
     if _takes_runs(query, value):
         return _in_one_call(query, key, value, segments, scaling, sliding_window), None
     if kind == "cpu" and sliding_window is None and query.shape[-1] == value.shape[-1]:
-        out: Tensor = _Tiled.apply(query, key, value, segments, scaling, unread)  # type: ignore[no-untyped-call]
-        return out.transpose(1, 2), None
+        return attend_on_cpu(query, key, value, segments, scaling, unread), None
     lengths = [sum(segment) for segment in segments]
     outs = []
     for (shared, chosen, rejected), q, k, v in zip(
@@ -198,72 +192,6 @@ class _SharedAgain(torch.autograd.Function):
         d_tokens = d_keys.index_select(0, runs.first_T)
         shared = runs.tokens_K.index_select(0, runs.again)
         return d_tokens.index_add_(0, shared, d_keys.index_select(0, runs.again)), None
-
-
-# --- On a CPU ---
-
-
-class _Tiled(torch.autograd.Function):
-    """By tiles of queries, without masks or copies of keys. What a tile gets of several runs of keys is merged by their
-    log-sum-exp; the backward pass over one run needs of the others nothing but the merged output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: Segments,
-        scale: float | None,
-        unread: tuple[int, ...] | None,
-    ) -> Tensor:
-        new = torch.empty_like if unread is None else torch.zeros_like
-        out = new(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for own, before in _tiles(segments, unread):
-            q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
-            found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
-            out_tile.copy_(found[0])
-            lse_tile.copy_(found[1])
-            for keys in before:
-                of_keys, lse_of_keys = _flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
-                out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
-                torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
-        for own, before in _tiles(ctx.segments, ctx.unread):
-            of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
-            for keys in (own, *before):
-                of_keys = key[:, :, keys], value[:, :, keys]
-                d_q, d_k, d_v = _flash_backward(
-                    *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=ctx.scale
-                )
-                if keys is own:  # which no tile before it has seen
-                    d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = d_q, d_k, d_v
-                else:
-                    d_query[:, :, own] += d_q
-                    d_key[:, :, keys] += d_k
-                    d_value[:, :, keys] += d_v
-        return d_query, d_key, d_value, None, None, None
-
-
-def _tiles(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[tuple[slice, list[slice]]]:
-    """Some queries, which see the keys at their own places causally, and the runs of keys before them that all see."""
-    base = 0
-    for (shared, chosen, rejected), skipped in zip(segments, unread or [0] * len(segments), strict=True):
-        first, end = base + shared + chosen, base + shared + chosen + rejected
-        for start in range(base + skipped, first, TILE):
-            yield slice(start, min(start + TILE, first)), [slice(base, start)] if start > base else []
-        for start in range(first, end, TILE):
-            runs = (slice(base, base + shared), slice(first, start))
-            yield slice(start, min(start + TILE, end)), [run for run in runs if run.start < run.stop]
-        base = end
 
 
 AttentionInterface.register(NAME, packed_attention)

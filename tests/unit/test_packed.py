@@ -21,6 +21,7 @@ from ray_prefopt.losses import head as head_module
 from ray_prefopt.losses.logps import PairLogps
 from ray_prefopt.losses.objective import Objective, StepTotals
 from ray_prefopt.model import attention as attention_module
+from ray_prefopt.model import cpu_attention
 from ray_prefopt.model import layout as layout_module
 from ray_prefopt.model import onednn as onednn_module
 from ray_prefopt.model.attention import NAME, packed_attention
@@ -526,13 +527,20 @@ def test_a_head_that_does_more_than_it_says_is_left_to_the_model() -> None:
     assert (found.is_packed, found.head, reason) == (True, None, None)
 
 
+@pytest.fixture(params=["_Tiles", "_Products"])
+def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What attends on a CPU."""
+    monkeypatch.setattr(cpu_attention, "_takes_products", lambda *_: request.param == "_Products")
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("tile", [1, 3, 128])
 def test_tiles_are_the_attention_of_whole_rows(
-    tile: int, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    tile: int, heads: int, groups: int, on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window wider than any pair asks for the same in another way: by masks over whole rows."""
-    monkeypatch.setattr(attention_module, "TILE", tile)
+    monkeypatch.setattr(cpu_attention, "TILE", tile)
     segments = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4))
     random = torch.Generator().manual_seed(0)
     query, key, value = (
@@ -546,9 +554,50 @@ def test_tiles_are_the_attention_of_whole_rows(
             nn.Identity(), query, key, value, None, segments=segments, scaling=0.3, sliding_window=window
         )
         assert out.is_contiguous()
+        assert window or out.grad_fn.next_functions[0][0].name() == f"{on_cpu}Backward"
         found.append((out, *torch.autograd.grad(out, (query, key, value), upstream)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "dtype", "faster", "threads", "expected"),
+    [
+        (4, 512, torch.float32, True, 1, True),
+        (4, 510, torch.float32, True, 1, False),
+        (4, 512, torch.float32, True, 2, False),
+        (2, 4096, torch.float32, True, 1, False),  # no two heads share keys
+        (4, 512, torch.float64, True, 1, False),
+        (4, 512, torch.float32, False, 1, False),
+    ],
+)
+def test_products_attend_where_they_are_fast(
+    heads: int,
+    tokens: int,
+    dtype: torch.dtype,
+    faster: bool,
+    threads: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two pairs whose rows are as many as all of their tokens, since two heads share one of keys."""
+    monkeypatch.setattr(onednn_module, "IS_FASTER", faster)
+    monkeypatch.setattr(cpu_attention.torch, "get_num_threads", lambda: threads)
+    query, key = (torch.empty(1, width, tokens, 8, dtype=dtype) for width in (heads, 2))
+    segments = ((tokens // 4, tokens // 8, tokens // 8),) * 2
+    assert cpu_attention._takes_products(query, key, segments) is expected
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_products_have_the_loss_and_gradient_of_padded_pairs(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "_takes_products", lambda *_: True)
+    model = model_of(kind)
+    pairs = pairs_of(6, seed=3)
+    packed, padded = scorers(model)
+    expected = graded(padded, collate(pairs, pad_id=0), LOSSES[0], model)
+    assert_same(graded(packed, pack(pairs), LOSSES[0], model), expected)
 
 
 def by_hand(
@@ -622,7 +671,7 @@ def test_runs_in_one_call_see_what_runs_one_by_one_see(
     assert kernel.call_count == 1
 
 
-def test_tiles_leave_out_the_queries_that_nothing_is_read_of() -> None:
+def test_tiles_leave_out_the_queries_that_nothing_is_read_of(on_cpu: str) -> None:
     """The rest, and the gradients of the rest, are those of all queries."""
     segments, unread = ((5, 8, 7), (0, 2, 3), (4, 1, 0), (3, 0, 4)), (4, 0, 3, 3)
     random = torch.Generator().manual_seed(0)

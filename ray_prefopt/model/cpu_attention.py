@@ -1,0 +1,260 @@
+"""Attention over packed pairs on a CPU, in fp32 or fp64: by tiles of queries, and without a mask of whole rows.
+
+Shape suffixes: T tokens, Q queries, K keys, H heads, G heads of keys and values, R queries of all heads that share one
+of keys, D head size.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ray_prefopt.model import onednn
+from ray_prefopt.model.onednn import linear
+
+Segments = tuple[tuple[int, int, int], ...]
+"""Of each pair the tokens that are shared, chosen, and rejected."""
+TILE = 256
+"""Queries at once: torch's kernel skips keys behind a query in steps of 512 alone."""
+ROWS = 512
+"""R of a whole pair, for each thread, from which on products are faster than torch's kernel."""
+LATER = torch.ones(TILE, TILE, dtype=torch.bool).triu_(1)
+"""Which of as many keys come after a query."""
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    unread: tuple[int, ...] | None,
+) -> Tensor:
+    """As `packed_attention`."""
+    kernel: Any = _Products if _takes_products(query, key, segments) else _Tiles
+    out: Tensor = kernel.apply(query, key, value, segments, scale, unread)
+    return out.transpose(1, 2)
+
+
+def _takes_products(query: Tensor, key: Tensor, segments: Segments) -> bool:
+    """Where they are fast: oneDNN's of many rows. With a head of keys for each of queries they are too small."""
+    sharing = query.shape[1] // key.shape[1]
+    rows = sharing * query.shape[2] // len(segments)
+    is_fast = onednn.IS_FASTER and query.dtype == torch.float32
+    return is_fast and sharing > 1 and rows >= ROWS * torch.get_num_threads()
+
+
+def _by_tokens(new: Callable[..., Tensor], query: Tensor) -> Tensor:
+    """(1, H, T, D), which is (1, T, H, D) in memory."""
+    return new(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+# --- By torch's kernel ---
+
+
+class _Tiles(torch.autograd.Function):
+    """By tiles of queries, without masks or copies of keys. What a tile gets of several runs of keys is merged by their
+    log-sum-exp; the backward pass over one run needs of the others nothing but the merged output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        scale: float | None,
+        unread: tuple[int, ...] | None,
+    ) -> Tensor:
+        new = torch.empty_like if unread is None else torch.zeros_like
+        out = _by_tokens(new, query)
+        lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for own, before in _tiles(segments, unread):
+            q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
+            found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
+            out_tile.copy_(found[0])
+            lse_tile.copy_(found[1])
+            for keys in before:
+                of_keys, lse_of_keys = _flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
+                out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
+                torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
+        for own, before in _tiles(ctx.segments, ctx.unread):
+            of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
+            for keys in (own, *before):
+                of_keys = key[:, :, keys], value[:, :, keys]
+                d_q, d_k, d_v = _flash_backward(
+                    *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=ctx.scale
+                )
+                if keys is own:  # which no tile before it has seen
+                    d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = d_q, d_k, d_v
+                else:
+                    d_query[:, :, own] += d_q
+                    d_key[:, :, keys] += d_k
+                    d_value[:, :, keys] += d_v
+        return d_query, d_key, d_value, None, None, None
+
+
+def _tiles(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[tuple[slice, list[slice]]]:
+    """Some queries, which see the keys at their own places causally, and the runs of keys before them that all see."""
+    base = 0
+    for (shared, chosen, rejected), skipped in zip(segments, unread or [0] * len(segments), strict=True):
+        first, end = base + shared + chosen, base + shared + chosen + rejected
+        for start in range(base + skipped, first, TILE):
+            yield slice(start, min(start + TILE, first)), [slice(base, start)] if start > base else []
+        for start in range(first, end, TILE):
+            runs = (slice(base, base + shared), slice(first, start))
+            yield slice(start, min(start + TILE, end)), [run for run in runs if run.start < run.stop]
+        base = end
+
+
+# --- By products ---
+
+
+class _Products(torch.autograd.Function):
+    """Each tile by all the keys that it sees, so that nothing is to be merged: those of a rejected completion lie next
+    to a copy of the shared ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        scale: float | None,
+        unread: tuple[int, ...] | None,
+    ) -> Tensor:
+        new = torch.empty_like if unread is None else torch.zeros_like
+        out, lse = _by_tokens(new, query), query.new_empty(query.shape[:3])
+        groups, scale = key.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
+        for run in _runs(segments, unread):
+            k_GKD, v_GKD = run.keys(key), run.keys(value)
+            for tile, keys in run.tiles():
+                out_tile, lse_tile = _grouped(out, tile, groups), _grouped(lse, tile, groups)
+                for group, q_RD in enumerate(_rows(query, tile, groups, scale)):
+                    out_RD, lse_R = _attend(q_RD, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile))
+                    out_tile[group] = out_RD.view_as(out_tile[group])
+                    lse_tile[group] = lse_R.view_as(lse_tile[group])
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
+        groups, along = key.shape[1], torch.linalg.vecdot(d_out, out)
+        for run in _runs(ctx.segments, ctx.unread):
+            k_GKD, v_GKD = run.keys(key), run.keys(value)
+            d_k_GKD, d_v_GKD = torch.zeros_like(k_GKD), torch.zeros_like(v_GKD)
+            for tile, keys in run.tiles():
+                d_q_tile = _grouped(d_query, tile, groups)
+                for group, of_rows in enumerate(
+                    zip(
+                        _rows(query, tile, groups, ctx.scale),
+                        _rows(d_out, tile, groups),
+                        _rows(lse, tile, groups, -1.0),
+                        _rows(along, tile, groups, -1.0),
+                        strict=True,
+                    )
+                ):
+                    d_q_RD, d_k_KD, d_v_KD = _attend_backward(
+                        *of_rows, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile)
+                    )
+                    torch.mul(d_q_RD.view_as(d_q_tile[group]), ctx.scale, out=d_q_tile[group])
+                    d_k_GKD[group, :keys] += d_k_KD
+                    d_v_GKD[group, :keys] += d_v_KD
+            run.add(d_key, d_k_GKD)
+            run.add(d_value, d_v_GKD)
+        return d_query, d_key, d_value, None, None, None
+
+
+def _attend(q_RD: Tensor, k_KD: Tensor, v_KD: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries, whose own tokens are the last keys, and the log-sum-exp of their scores."""
+    scores_RK = linear(q_RD, k_KD)
+    scores_RK.view(-1, queries, len(k_KD))[:, :, -queries:].masked_fill_(
+        LATER[:queries, :queries], -torch.inf
+    )
+    largest_R = scores_RK.amax(-1)
+    probs_RK = torch.softmax(scores_RK, -1, out=scores_RK)
+    return linear(probs_RK, v_KD.T), largest_R - probs_RK.amax(-1).log_()
+
+
+def _attend_backward(
+    q_RD: Tensor,
+    d_out_RD: Tensor,
+    minus_lse_R: Tensor,
+    minus_along_R: Tensor,
+    k_KD: Tensor,
+    v_KD: Tensor,
+    queries: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the scaled queries, the keys and the values. Of keys by queries, so that what is subtracted from
+    each query's scores is a bias, and one product alone reads a large matrix by its columns."""
+    probs_KR = linear(k_KD, q_RD, minus_lse_R).exp_()
+    probs_KR[-queries:].view(queries, -1, queries).masked_fill_(LATER.T[:queries, None, :queries], 0)
+    d_scores_KR = linear(v_KD, d_out_RD, minus_along_R).mul_(probs_KR)
+    return linear(d_scores_KR.T, k_KD.T), linear(d_scores_KR, q_RD.T), linear(probs_KR, d_out_RD.T)
+
+
+class _Run(NamedTuple):
+    """Tokens that see shared ones before them, or none, and those of the run that are not after them."""
+
+    shared: slice
+    own: slice
+    skipped: int
+    """Tokens of the run whose queries are left out."""
+
+    def keys(self, of_tokens: Tensor) -> Tensor:
+        """(G, K, D) from (1, G, T, D)."""
+        return torch.cat([of_tokens[0, :, self.shared], of_tokens[0, :, self.own]], 1)
+
+    def add(self, of_tokens: Tensor, of_keys: Tensor) -> None:
+        """The other way round, to those of shared tokens that are there."""
+        shared = _length(self.shared)
+        of_tokens[0, :, self.shared] += of_keys[:, :shared]
+        of_tokens[0, :, self.own] = of_keys[:, shared:]
+
+    def tiles(self) -> Iterator[tuple[slice, int]]:
+        """Some queries, and how many keys they see."""
+        before = _length(self.shared) - self.own.start
+        for start in range(self.own.start + self.skipped, self.own.stop, TILE):
+            end = min(start + TILE, self.own.stop)
+            yield slice(start, end), before + end
+
+
+def _runs(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[_Run]:
+    base = 0
+    for (shared, chosen, rejected), skipped in zip(segments, unread or [0] * len(segments), strict=True):
+        first, end = base + shared + chosen, base + shared + chosen + rejected
+        yield _Run(slice(base, base), slice(base, first), skipped)
+        if rejected:
+            yield _Run(slice(base, base + shared), slice(first, end), 0)
+        base = end
+
+
+def _length(tokens: slice) -> int:
+    length: int = tokens.stop - tokens.start
+    return length
+
+
+def _grouped(of_queries: Tensor, tile: slice, groups: int) -> Tensor:
+    """A view of a tile by groups of heads, (G, H / G, Q) or (G, H / G, Q, D)."""
+    return of_queries[0, :, tile].unflatten(0, (groups, -1))
+
+
+def _rows(of_queries: Tensor, tile: slice, groups: int, scale: float = 1.0) -> Tensor:
+    """A scaled copy of a tile, (G, R) or (G, R, D)."""
+    grouped = _grouped(of_queries, tile, groups)
+    return torch.mul(grouped, scale, out=grouped.new_empty(grouped.shape)).flatten(1, 2)
