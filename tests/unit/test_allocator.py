@@ -20,7 +20,7 @@ def ask(name, kind):
     failed = ctypes.CDLL(None).mallctl(name, ctypes.byref(value), ctypes.byref(size), None, 0)
     return value.value if not failed else "unknown"
 print(ask(b"opt.dirty_decay_ms", ctypes.c_ssize_t), ask(b"opt.muzzy_decay_ms", ctypes.c_ssize_t),
-      ask(b"opt.oversize_threshold", ctypes.c_size_t))
+      ask(b"opt.oversize_threshold", ctypes.c_size_t), ask(b"opt.lg_extent_max_active_fit", ctypes.c_size_t))
 """
 
 
@@ -34,7 +34,7 @@ def test_a_process_has_it_with_these_settings(monkeypatch: pytest.MonkeyPatch) -
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["-1", "-1", "0"]
+    assert done.stdout.split() == ["-1", "-1", "0", "12"]
     assert not done.stderr  # jemalloc and the linker complain there
 
 
