@@ -1,4 +1,4 @@
-"""Attention over packed pairs on a CPU, in fp32 or fp64: by tiles of queries, and without a mask of whole rows.
+"""Attention over packed pairs on a CPU: by tiles of queries, without a mask of whole rows.
 
 Shape suffixes: T tokens, Q queries, K keys, H heads, G heads of keys and values, R queries of all heads that share one
 of keys, D head size.
