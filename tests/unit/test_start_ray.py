@@ -15,10 +15,15 @@ pytestmark = pytest.mark.ray  # it takes this machine by its outer address
 
 @pytest.fixture
 def inits(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """The address of each ray.init, where this process has no Ray and no other runs here."""
+    """The address of each ray.init, where this process has no Ray and no other runs here; none is for a dashboard."""
     found: list[str | None] = []
+
+    def init(address: str | None, *, include_dashboard: bool, **_: Any) -> None:
+        assert not include_dashboard
+        found.append(address)
+
     monkeypatch.setattr(workers.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(workers.ray, "init", lambda address, **_: found.append(address))
+    monkeypatch.setattr(workers.ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)
     return found
