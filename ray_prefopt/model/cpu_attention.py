@@ -4,7 +4,7 @@ Shape suffixes: T tokens, Q queries, K keys, H heads, G heads of keys and values
 of keys, D head size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,30 +34,12 @@ def attend_on_cpu(
     unread: tuple[int, ...] | None,
 ) -> Tensor:
     """As `packed_attention`."""
-    kernel: Any = _Products if _takes_products(query, key, segments) else _Tiles
-    out: Tensor = kernel.apply(query, key, value, segments, scale, unread)
+    out: Tensor = _Attention.apply(query, key, value, segments, scale, unread)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 
 
-def _takes_products(query: Tensor, key: Tensor, segments: Segments) -> bool:
-    """Where they are fast: oneDNN's of many rows. With a head of keys for each of queries they are too small."""
-    sharing = query.shape[1] // key.shape[1]
-    rows = sharing * query.shape[2] // len(segments)
-    is_fast = onednn.IS_FASTER and query.dtype == torch.float32
-    return is_fast and sharing > 1 and rows >= ROWS * torch.get_num_threads()
-
-
-def _by_tokens(new: Callable[..., Tensor], query: Tensor) -> Tensor:
-    """(1, H, T, D), which is (1, T, H, D) in memory."""
-    return new(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-# --- By torch's kernel ---
-
-
-class _Tiles(torch.autograd.Function):
-    """By tiles of queries, without masks or copies of keys. What a tile gets of several runs of keys is merged by their
-    log-sum-exp; the backward pass over one run needs of the others nothing but the merged output."""
+class _Attention(torch.autograd.Function):
+    """By torch's kernel, or by products; either needs the output and log-sum-exp for its backward pass."""
 
     @staticmethod
     def forward(
@@ -69,40 +51,72 @@ class _Tiles(torch.autograd.Function):
         scale: float | None,
         unread: tuple[int, ...] | None,
     ) -> Tensor:
-        new = torch.empty_like if unread is None else torch.zeros_like
-        out = _by_tokens(new, query)
+        ctx.new = torch.empty_like if unread is None else torch.zeros_like
+        by_tokens = ctx.new(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        out: Tensor = by_tokens.transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for own, before in _tiles(segments, unread):
-            q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
-            found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
-            out_tile.copy_(found[0])
-            lse_tile.copy_(found[1])
-            for keys in before:
-                of_keys, lse_of_keys = _flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
-                out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
-                torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
+        ctx.layout = segments, query.shape[-1] ** -0.5 if scale is None else scale, unread
+        ctx.takes_products = _takes_products(query, key, segments)
+        attend = _attend_by_products if ctx.takes_products else _attend_by_kernel
+        attend(query, key, value, out, lse, *ctx.layout)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
-        for own, before in _tiles(ctx.segments, ctx.unread):
-            of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
-            for keys in (own, *before):
-                of_keys = key[:, :, keys], value[:, :, keys]
-                d_q, d_k, d_v = _flash_backward(
-                    *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=ctx.scale
-                )
-                if keys is own:  # which no tile before it has seen
-                    d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = d_q, d_k, d_v
-                else:
-                    d_query[:, :, own] += d_q
-                    d_key[:, :, keys] += d_k
-                    d_value[:, :, keys] += d_v
-        return d_query, d_key, d_value, None, None, None
+        states = ctx.saved_tensors
+        gradients = tuple(ctx.new(each) for each in states[:3])
+        differentiate = _differentiate_products if ctx.takes_products else _differentiate_kernel
+        differentiate(d_out, *states, *gradients, *ctx.layout)
+        return *gradients, None, None, None
+
+
+def _takes_products(query: Tensor, key: Tensor, segments: Segments) -> bool:
+    """Where they are fast: oneDNN's of many rows. With a head of keys for each of queries they are too small."""
+    sharing = query.shape[1] // key.shape[1]
+    rows = sharing * query.shape[2] // len(segments)
+    is_fast = onednn.IS_FASTER and query.dtype == torch.float32
+    return is_fast and sharing > 1 and rows >= ROWS * torch.get_num_threads()
+
+
+# --- By torch's kernel, without copies of keys ---
+
+
+def _attend_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    segments: Segments, scale: float, unread: tuple[int, ...] | None,
+) -> None:  # fmt: skip
+    """Fill the output and the log-sum-exp. What a tile gets of several runs of keys is merged by the latter."""
+    for own, before in _tiles(segments, unread):
+        q, out_tile, lse_tile = query[:, :, own], out[:, :, own], lse[:, :, own]
+        found = _flash(q, key[:, :, own], value[:, :, own], is_causal=True, scale=scale)
+        out_tile.copy_(found[0])
+        lse_tile.copy_(found[1])
+        for keys in before:
+            of_keys, lse_of_keys = _flash(q, key[:, :, keys], value[:, :, keys], scale=scale)
+            out_tile.lerp_(of_keys, torch.sigmoid(lse_of_keys - lse_tile)[..., None].to(out.dtype))
+            torch.logaddexp(lse_tile, lse_of_keys, out=lse_tile)
+
+
+def _differentiate_kernel(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    segments: Segments, scale: float, unread: tuple[int, ...] | None,
+) -> None:  # fmt: skip
+    """Fill the gradients. Over one run of keys they need of the others nothing but the merged output."""
+    for own, before in _tiles(segments, unread):
+        of_tile = [each[:, :, own] for each in (d_out, query, out, lse)]
+        for keys in (own, *before):
+            of_keys = key[:, :, keys], value[:, :, keys]
+            d_q, d_k, d_v = _flash_backward(
+                *of_tile[:2], *of_keys, *of_tile[2:], 0.0, keys is own, scale=scale
+            )
+            if keys is own:  # which no tile before it has seen
+                d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = d_q, d_k, d_v
+            else:
+                d_query[:, :, own] += d_q
+                d_key[:, :, keys] += d_k
+                d_value[:, :, keys] += d_v
 
 
 def _tiles(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[tuple[slice, list[slice]]]:
@@ -118,66 +132,50 @@ def _tiles(segments: Segments, unread: tuple[int, ...] | None) -> Iterator[tuple
         base = end
 
 
-# --- By products ---
+# --- By products: each tile by all keys that it sees, a rejected completion's next to a copy of the shared ones ---
 
 
-class _Products(torch.autograd.Function):
-    """Each tile by all the keys that it sees, so that nothing is to be merged: those of a rejected completion lie next
-    to a copy of the shared ones."""
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    segments: Segments, scale: float, unread: tuple[int, ...] | None,
+) -> None:  # fmt: skip
+    groups = key.shape[1]
+    for run in _runs(segments, unread):
+        k_GKD, v_GKD = run.keys(key), run.keys(value)
+        for tile, keys in run.tiles():
+            out_tile, lse_tile = _grouped(out, tile, groups), _grouped(lse, tile, groups)
+            for group, q_RD in enumerate(_rows(query, tile, groups, scale)):
+                out_RD, lse_R = _attend(q_RD, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile))
+                out_tile[group] = out_RD.view_as(out_tile[group])
+                lse_tile[group] = lse_R.view_as(lse_tile[group])
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: Segments,
-        scale: float | None,
-        unread: tuple[int, ...] | None,
-    ) -> Tensor:
-        new = torch.empty_like if unread is None else torch.zeros_like
-        out, lse = _by_tokens(new, query), query.new_empty(query.shape[:3])
-        groups, scale = key.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
-        for run in _runs(segments, unread):
-            k_GKD, v_GKD = run.keys(key), run.keys(value)
-            for tile, keys in run.tiles():
-                out_tile, lse_tile = _grouped(out, tile, groups), _grouped(lse, tile, groups)
-                for group, q_RD in enumerate(_rows(query, tile, groups, scale)):
-                    out_RD, lse_R = _attend(q_RD, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile))
-                    out_tile[group] = out_RD.view_as(out_tile[group])
-                    lse_tile[group] = lse_R.view_as(lse_tile[group])
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments, ctx.scale, ctx.unread, ctx.new = segments, scale, unread, new
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = (ctx.new(each) for each in (query, key, value))
-        groups, along = key.shape[1], torch.linalg.vecdot(d_out, out)
-        for run in _runs(ctx.segments, ctx.unread):
-            k_GKD, v_GKD = run.keys(key), run.keys(value)
-            d_k_GKD, d_v_GKD = torch.zeros_like(k_GKD), torch.zeros_like(v_GKD)
-            for tile, keys in run.tiles():
-                d_q_tile = _grouped(d_query, tile, groups)
-                for group, of_rows in enumerate(
-                    zip(
-                        _rows(query, tile, groups, ctx.scale),
-                        _rows(d_out, tile, groups),
-                        _rows(lse, tile, groups, -1.0),
-                        _rows(along, tile, groups, -1.0),
-                        strict=True,
-                    )
-                ):
-                    d_q_RD, d_k_KD, d_v_KD = _attend_backward(
-                        *of_rows, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile)
-                    )
-                    torch.mul(d_q_RD.view_as(d_q_tile[group]), ctx.scale, out=d_q_tile[group])
-                    d_k_GKD[group, :keys] += d_k_KD
-                    d_v_GKD[group, :keys] += d_v_KD
-            run.add(d_key, d_k_GKD)
-            run.add(d_value, d_v_GKD)
-        return d_query, d_key, d_value, None, None, None
+def _differentiate_products(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    segments: Segments, scale: float, unread: tuple[int, ...] | None,
+) -> None:  # fmt: skip
+    groups, along = key.shape[1], torch.linalg.vecdot(d_out, out)
+    for run in _runs(segments, unread):
+        k_GKD, v_GKD = run.keys(key), run.keys(value)
+        d_k_GKD, d_v_GKD = torch.zeros_like(k_GKD), torch.zeros_like(v_GKD)
+        for tile, keys in run.tiles():
+            d_q_tile = _grouped(d_query, tile, groups)
+            rows = (
+                _rows(query, tile, groups, scale),
+                _rows(d_out, tile, groups),
+                _rows(lse, tile, groups, -1.0),
+                _rows(along, tile, groups, -1.0),
+            )
+            for group, of_rows in enumerate(zip(*rows, strict=True)):
+                d_q_RD, d_k_KD, d_v_KD = _attend_backward(
+                    *of_rows, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile)
+                )
+                torch.mul(d_q_RD.view_as(d_q_tile[group]), scale, out=d_q_tile[group])
+                d_k_GKD[group, :keys] += d_k_KD
+                d_v_GKD[group, :keys] += d_v_KD
+        run.add(d_key, d_k_GKD)
+        run.add(d_value, d_v_GKD)
 
 
 def _attend(q_RD: Tensor, k_KD: Tensor, v_KD: Tensor, queries: int) -> tuple[Tensor, Tensor]:
