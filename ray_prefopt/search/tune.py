@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -108,7 +108,7 @@ def tune(
     _describe_trial(config)
     folder = f"{config.run.storage_path}/{config.run.name}"
     _claim(folder, config, search, resume=resume)
-    start_ray()
+    start_ray(dashboard=True)  # where Ray Train sees that a trial died, whose workers have to end
     slots = _slots(config, search)
     measure = make_measure(metric, prefix, search, _prepare(space, prefix))
     recorder = Recorder(folder, measure, number_of_points(space, search) * len(_seeds(config, search)), _say)
@@ -220,7 +220,7 @@ def _slots(config: TrainConfig, search: SearchConfig) -> int:
     run = config.run
     patience = run.resource_timeout_s if "resource_timeout_s" in run.model_fields_set else JOINING_S
     begun = time.monotonic()
-    with asking_for_nodes(run):
+    with nullcontext() if _room(config) else asking_for_nodes(run):
         while (room := _room(config)) < 1:
             if time.monotonic() - begun > min(patience, run.resource_timeout_s):
                 needs, total = asked(run, run.min_workers), ray.cluster_resources()

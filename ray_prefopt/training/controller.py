@@ -133,9 +133,11 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without that for Ray Datasets, of which there are none: workers read blocks. And without that for workers of
-        a controller that died, which asks Ray's dashboard each second: the driver ends them."""
+        a controller that died, which asks Ray's dashboard each second: the driver ends them. One that is an actor, as a
+        trial of a search is, can die with the controller while its job goes on."""
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # Train v2 has it
-        unused = DatasetsCallback, PlacementGroupCleanerCallback
+        is_actor = ray.get_runtime_context().get_actor_id() is not None
+        unused = (DatasetsCallback,) if is_actor else (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:

@@ -15,6 +15,8 @@ TELL_AFTER_S = 5.0
 """What has just finished on the cluster may take that long to give its CPUs back."""
 TELL_EACH_S = 60.0
 """How often it is said what is still missing."""
+PLACED_S = 1.0
+"""A group that is not placed by then waits for room."""
 logger = logging.getLogger(__name__)
 
 
@@ -77,7 +79,8 @@ def asking_for_nodes(run: RunConfig) -> Iterator[PlacementGroup]:
     """Room that is asked for while this lasts: the fewest workers, placed as they would be.
 
     An autoscaler adds nodes for a placement group that waits. For `request_resources` of its SDK it adds none while
-    others use those there are, and Ray Data and Ray Train each take back what anybody asked for in that way.
+    others use those there are, and Ray Data and Ray Train each take back what anybody asked for in that way. It is not
+    removed while it is being placed: Ray would lose what it has taken by then (ray-project/ray#64693).
     """
     each = of_a_worker(run)
     if run.accelerator_type:
@@ -86,4 +89,5 @@ def asking_for_nodes(run: RunConfig) -> Iterator[PlacementGroup]:
     try:
         yield group
     finally:
+        group.wait(PLACED_S)
         remove_placement_group(group)

@@ -41,10 +41,10 @@ WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 logger = logging.getLogger(__name__)
 
 
-def start_ray() -> None:
+def start_ray(*, dashboard: bool = False) -> None:
     """Connect to the cluster of RAY_ADDRESS, else to the one of `ray start`, else start one here.
 
-    One that is started here has no dashboard, whose dozen processes would take time from the workers.
+    One that is started here has a dashboard where that is asked for: its dozen processes take time from the workers.
 
     A process that is connected stays so. Raises ResourceError when nothing answers at RAY_ADDRESS; Ray itself would
     try for many minutes. What `ray start` left behind when its machine went down is passed over.
@@ -61,7 +61,7 @@ def start_ray() -> None:
         )
     ray.init(
         "local" if is_gone else None,
-        include_dashboard=False,
+        include_dashboard=dashboard,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

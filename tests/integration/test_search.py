@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import ray
 import ray.tune
@@ -19,9 +22,11 @@ from ray_prefopt.compat.config import CPOConfig
 from ray_prefopt.compat.trainer import CPOTrainer
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ConfigError, ResourceError
-from ray_prefopt.search.tune import TuneResult, describe_search, tune
+from ray_prefopt.search import tune as tune_module
+from ray_prefopt.search.tune import TuneResult, _slots, describe_search, tune
 from ray_prefopt.search_config import SearchConfig
 from ray_prefopt.settings import load_config
+from ray_prefopt.training.room import asking_for_nodes
 from tests.integration.conftest import STEPS, Toy
 
 pytestmark = pytest.mark.ray
@@ -123,6 +128,44 @@ def test_a_plan_without_ray(toy: Toy, tmp_path: Path) -> None:
     Path(tmp_path, "sweep", "config.json").touch()
     with pytest.raises(ConfigError, match=r"sweep is the folder of a run of `train`"):
         describe_search(config(toy, tmp_path), GRID)
+
+
+def test_nodes_are_asked_for_where_there_are_too_few(
+    toy: Toy, tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = Mock(wraps=asking_for_nodes)
+    monkeypatch.setattr(tune_module, "asking_for_nodes", asking)
+    assert _slots(config(toy, tmp_path), GRID) == 2
+    asking.assert_not_called()
+    with pytest.raises(ResourceError, match="a trial needs 5 CPU for its 1 workers"):
+        _slots(config(toy, tmp_path, cpus_per_worker=5, resource_timeout_s=0.1), GRID)
+    asking.assert_called_once()
+
+
+def test_a_killed_trial_goes_on(toy: Toy, tmp_path: Path) -> None:
+    """In a Ray with room for one trial, where the workers that it leaves behind must go."""
+    program = textwrap.dedent("""
+        import sys, ray
+        from ray_prefopt import SearchConfig, TrainConfig, tune
+
+        ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+        tune(*(kind.model_validate_json(text) for kind, text in zip((TrainConfig, SearchConfig), sys.argv[1:])))
+    """)
+    base = config(toy, tmp_path, save_steps=3, cpus_per_worker=2).model_dump_json()
+    search = '{"space": {"loss.beta": {"grid": [0.5]}}, "scheduler": "fifo"}'
+    command = [sys.executable, "-c", program, base, search]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "sweep/trial-000"
+    while not list(run.glob("checkpoints/step-*/MANIFEST.json")):
+        assert driver.poll() is None, driver.communicate()[1]
+        time.sleep(0.05)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    (trial,) = (child for child in children if child.name() == "ray::_Inner.train")
+    trial.kill()
+    _, errors = driver.communicate()
+    assert driver.returncode == 0, errors
+    assert len(list((run / "ray").iterdir())) == 2
+    assert [record["step"] for record in records(run) if "loss" in record] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.soak

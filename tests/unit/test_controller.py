@@ -1,9 +1,11 @@
 """What Ray Train's controller does for a run: what it tells of the workers, and when it changes their number."""
 
+import asyncio
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -15,14 +17,19 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.controller import state as states
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    scaling_policy,
+)
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
 from ray_prefopt.config import RunConfig
 from ray_prefopt.errors import ResourceError
 from ray_prefopt.training import controller, room, workers
 from ray_prefopt.training.checkpoint import LoopState
-from ray_prefopt.training.controller import AtCheckpoints, Trainer, Watch, cause
+from ray_prefopt.training.controller import AtCheckpoints, Trainer, Unasked, Watch, cause
 from ray_prefopt.training.log import RunLog
 
 LOST = WorkerGroupError("it died", {1: RuntimeError("node 7 is gone\nand more")})
@@ -238,11 +245,52 @@ def test_fewer_than_the_fewest_do_not_start(policy: AtCheckpoints, monkeypatch: 
 # --- Processes that are not started ---
 
 
-def test_there_is_none_for_datasets_nor_for_what_the_driver_does() -> None:
-    """And the others that Ray Train makes are left as they are."""
+@pytest.mark.parametrize(
+    ("actor", "unused"),
+    [(None, {DatasetsCallback, PlacementGroupCleanerCallback}), ("id", {DatasetsCallback})],
+)
+def test_there_is_none_for_datasets_nor_for_what_the_driver_does(
+    actor: str | None, unused: set[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others that Ray Train makes are left as they are. A trial cannot do what drivers do when it is killed."""
+    context = SimpleNamespace(get_actor_id=lambda: actor)
+    monkeypatch.setattr(controller.ray, "get_runtime_context", lambda: context)
     rays = {type(callback) for callback in TorchTrainer(print)._create_default_callbacks()}
     ours = {type(callback) for callback in Trainer(print, run=RunConfig())._create_default_callbacks()}
-    assert (rays - ours, ours - rays) == ({DatasetsCallback, PlacementGroupCleanerCallback}, set())
+    assert (rays - ours, ours - rays) == (unused, set())
+
+
+@pytest.mark.parametrize(
+    ("workers", "alone", "expected"),
+    [(2, True, Unasked), (2, False, None), ((1, 2), True, AtCheckpoints), ((1, 2), False, AtCheckpoints)],
+)
+def test_nodes_are_asked_for_where_there_can_be_several(
+    workers: Any, alone: bool, expected: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Mock()
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", given)
+    monkeypatch.setattr(controller, "is_alone", lambda: alone)
+    run = RunConfig(num_workers=list(workers) if isinstance(workers, tuple) else workers)
+    scaling = ScalingConfig(num_workers=workers, elastic_resize_monitor_interval_s=60)  # type: ignore[call-arg]
+    Trainer(print, run=run, scaling_config=scaling)._initialize_and_run_controller(metadata=1)
+    policy = given.call_args.kwargs.pop("scaling_policy", None)
+    assert type(policy) is (expected or type(None))
+    assert given.call_args.kwargs == {"metadata": 1}
+
+
+def test_a_policy_that_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And decides what Ray's does, which asks an actor of Ray Data's."""
+    asked = Mock()
+    monkeypatch.setattr(scaling_policy, "TrainAutoscalingCoordinatorClient", asked)
+    scaling = ScalingConfig(num_workers=2)
+    for policy in (Unasked(scaling), FixedScalingPolicy(scaling)):
+        asked.assert_not_called()
+        policy.after_controller_start(Mock())
+        assert number(policy.make_decision_for_non_running_worker_group()) == 2
+        assert number(policy.make_decision_for_running_worker_group(Mock(), Mock())) is None
+        policy.before_controller_abort()
+        asyncio.run(policy.before_controller_shutdown())
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize(("nodes", "given", "seen"), [(1, None, "0"), (1, "1", "1"), (2, None, None)])

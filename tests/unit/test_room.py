@@ -7,7 +7,12 @@ import time
 
 import pytest
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from ray_prefopt.config import RunConfig
 from ray_prefopt.errors import ResourceError
@@ -76,3 +81,18 @@ def test_a_kind_of_gpu_is_asked_for() -> None:
         f"1 workers need 1 CPU, 1 GPU; the cluster has {ray.available_resources()['CPU']:g} of 4 CPU free, "
         "0 of 0 GPU free"
     )
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_group_is_placed_before_it_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even one that nobody waits for. Ray would lose the CPUs of one that it is just placing."""
+    states = []
+
+    def remove(group: PlacementGroup) -> None:
+        states.append(placement_group_table(group)["state"])
+        remove_placement_group(group)
+
+    monkeypatch.setattr(room, "remove_placement_group", remove)
+    with asking_for_nodes(RunConfig()):
+        pass
+    assert states == ["CREATED"]
