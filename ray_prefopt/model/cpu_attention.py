@@ -4,6 +4,7 @@ Shape suffixes: T tokens, Q queries, K keys, H heads, G heads of keys and values
 of keys, D head size.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ TILE = 256
 """Queries at once: torch's kernel skips keys behind a query in steps of 512 alone."""
 ROWS = 512
 """R of a whole pair, for each thread, from which on products are faster than torch's kernel."""
-LATER = torch.ones(TILE, TILE, dtype=torch.bool).triu_(1)
-"""Which of as many keys come after a query."""
+LATER_QK = torch.full((TILE, TILE), -torch.inf).triu_(1)
+LATER_KQ = LATER_QK.T.contiguous()
+"""What is added to scores: a query sees none of the keys after it."""
+LN_2 = math.log(2)
+"""Scores of products are to base 2: torch's exp2 takes a quarter of the time of its exp, which is MKL's."""
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -143,11 +147,10 @@ def _attend_by_products(
     for run in _runs(segments, unread):
         k_GKD, v_GKD = run.keys(key), run.keys(value)
         for tile, keys in run.tiles():
-            out_tile, lse_tile = _grouped(out, tile, groups), _grouped(lse, tile, groups)
-            for group, q_RD in enumerate(_rows(query, tile, groups, scale)):
-                out_RD, lse_R = _attend(q_RD, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile))
-                out_tile[group] = out_RD.view_as(out_tile[group])
-                lse_tile[group] = lse_R.view_as(lse_tile[group])
+            q_GRD = _rows(query, tile, groups, scale / LN_2)
+            found = _grouped(out, tile, groups), _grouped(lse, tile, groups)
+            for each in zip(q_GRD, k_GKD[:, :keys], v_GKD[:, :keys], *found, strict=True):
+                _attend(*each)
 
 
 def _differentiate_products(
@@ -160,50 +163,55 @@ def _differentiate_products(
         k_GKD, v_GKD = run.keys(key), run.keys(value)
         d_k_GKD, d_v_GKD = torch.zeros_like(k_GKD), torch.zeros_like(v_GKD)
         for tile, keys in run.tiles():
-            d_q_tile = _grouped(d_query, tile, groups)
             rows = (
-                _rows(query, tile, groups, scale),
+                _rows(query, tile, groups, scale / LN_2),
                 _rows(d_out, tile, groups),
                 _rows(lse, tile, groups, -1.0),
                 _rows(along, tile, groups, -1.0),
             )
-            for group, of_rows in enumerate(zip(*rows, strict=True)):
-                d_q_RD, d_k_KD, d_v_KD = _attend_backward(
-                    *of_rows, k_GKD[group, :keys], v_GKD[group, :keys], _length(tile)
-                )
-                torch.mul(d_q_RD.view_as(d_q_tile[group]), scale, out=d_q_tile[group])
-                d_k_GKD[group, :keys] += d_k_KD
-                d_v_GKD[group, :keys] += d_v_KD
-        run.add(d_key, d_k_GKD)
+            of_keys = (each[:, :keys] for each in (k_GKD, v_GKD, d_k_GKD, d_v_GKD))
+            d_q_GHQD = _grouped(d_query, tile, groups)
+            for each in zip(*rows, *of_keys, d_q_GHQD, strict=True):
+                _differentiate(*each)
+        run.add(d_key, d_k_GKD.mul_(LN_2))
         run.add(d_value, d_v_GKD)
+    d_query.mul_(scale)
 
 
-def _attend(q_RD: Tensor, k_KD: Tensor, v_KD: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+def _attend(q_RD: Tensor, k_KD: Tensor, v_KD: Tensor, out_HQD: Tensor, lse_HQ: Tensor) -> None:
     """Attention of scaled queries, whose own tokens are the last keys, and the log-sum-exp of their scores."""
+    queries = lse_HQ.shape[1]
     scores_RK = linear(q_RD, k_KD)
-    scores_RK.view(-1, queries, len(k_KD))[:, :, -queries:].masked_fill_(
-        LATER[:queries, :queries], -torch.inf
-    )
+    scores_RK.view(-1, queries, len(k_KD))[:, :, -queries:] += LATER_QK[:queries, :queries]
     largest_R = scores_RK.amax(-1)
-    probs_RK = torch.softmax(scores_RK, -1, out=scores_RK)
-    return linear(probs_RK, v_KD.T), largest_R - probs_RK.amax(-1).log_()
+    probs_RK = scores_RK.sub_(largest_R[:, None]).exp2_()
+    sum_HQ = probs_RK.sum(-1).view_as(lse_HQ)
+    torch.div(linear(probs_RK, v_KD.T).view_as(out_HQD), sum_HQ[..., None], out=out_HQD)
+    torch.add(largest_R.view_as(lse_HQ), sum_HQ.log2_(), out=lse_HQ)
 
 
-def _attend_backward(
+def _differentiate(
     q_RD: Tensor,
     d_out_RD: Tensor,
     minus_lse_R: Tensor,
     minus_along_R: Tensor,
     k_KD: Tensor,
     v_KD: Tensor,
-    queries: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the scaled queries, the keys and the values. Of keys by queries, so that what is subtracted from
-    each query's scores is a bias, and one product alone reads a large matrix by its columns."""
-    probs_KR = linear(k_KD, q_RD, minus_lse_R).exp_()
-    probs_KR[-queries:].view(queries, -1, queries).masked_fill_(LATER.T[:queries, None, :queries], 0)
+    d_k_KD: Tensor,
+    d_v_KD: Tensor,
+    d_q_HQD: Tensor,
+) -> None:
+    """The gradient of the queries, but for a factor as for that of the keys, and what they add to those of keys and
+    values. Scores are of keys by queries, so that what is subtracted from each query's is a bias, and that no product
+    has to transpose them."""
+    queries = d_q_HQD.shape[1]
+    probs_KR = linear(k_KD, q_RD, minus_lse_R)
+    probs_KR[-queries:].view(queries, -1, queries).add_(LATER_KQ[:queries, None, :queries])
+    probs_KR.exp2_()
     d_scores_KR = linear(v_KD, d_out_RD, minus_along_R).mul_(probs_KR)
-    return linear(d_scores_KR.T, k_KD.T), linear(d_scores_KR, q_RD.T), linear(probs_KR, d_out_RD.T)
+    d_q_HQD.copy_(linear(k_KD.T, d_scores_KR.T).T.view_as(d_q_HQD))
+    d_k_KD += linear(d_scores_KR, q_RD.T)
+    d_v_KD += linear(probs_KR, d_out_RD.T)
 
 
 class _Run(NamedTuple):
