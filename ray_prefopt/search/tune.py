@@ -108,7 +108,7 @@ def tune(
     _describe_trial(config)
     folder = f"{config.run.storage_path}/{config.run.name}"
     _claim(folder, config, search, resume=resume)
-    start_ray(dashboard=True)  # where Ray Train sees that a trial died, whose workers have to end
+    start_ray()
     slots = _slots(config, search)
     measure = make_measure(metric, prefix, search, _prepare(space, prefix))
     recorder = Recorder(folder, measure, number_of_points(space, search) * len(_seeds(config, search)), _say)

@@ -38,8 +38,7 @@ WAITING = ("INITIALIZING", "RESTARTING", "RESCHEDULING")
 
 
 class Watch(ControllerCallback, WorkerGroupCallback):
-    """Tells the run's log who controls the workers, where they are, when they are lost, and what is missing to start
-    them again.
+    """Tells the run's log who controls the workers, when they are lost, and what is missing to start them again.
 
     Raises ResourceError when that takes longer than run.restart_timeout_s, or run.resource_timeout_s in the beginning.
     """
@@ -53,10 +52,6 @@ class Watch(ControllerCallback, WorkerGroupCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
         self._log.controlled.remote(ray.get_runtime_context().current_actor)
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        self._log.placed.remote(place)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         before, now = _name(previous_state), _name(current_state)
@@ -133,11 +128,9 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without that for Ray Datasets, of which there are none: workers read blocks. And without that for workers of
-        a controller that died, which asks Ray's dashboard each second: the driver ends them. One that is an actor, as a
-        trial of a search is, can die with the controller while its job goes on."""
+        a controller that died, which asks Ray's dashboard each second: `free_orphans` ends them."""
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # Train v2 has it
-        is_actor = ray.get_runtime_context().get_actor_id() is not None
-        unused = (DatasetsCallback,) if is_actor else (DatasetsCallback, PlacementGroupCleanerCallback)
+        unused = DatasetsCallback, PlacementGroupCleanerCallback
         return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:

@@ -10,7 +10,6 @@ import ray
 import ray.exceptions
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from ray.util.placement_group import PlacementGroup
 from rich.filesize import decimal
 
 from ray_prefopt.errors import PrefoptError
@@ -82,7 +81,6 @@ class RunLog:
         self._memory: dict[str, int] = {}
         self._board: Board | None = None
         self._controller: Any = None
-        self._place: PlacementGroup | None = None
         self._fatal: PrefoptError | None = None
         self._evaluation: Evaluation | None = None
         self._callbacks: Returned | None = None
@@ -167,13 +165,6 @@ class RunLog:
         """`controller` is the actor that runs the workers of this attempt: they can be stopped by its `abort`."""
         self._controller = controller
         self._events.append(("controller", controller))
-
-    def placed(self, place: PlacementGroup) -> None:
-        """The workers are in `place`, where they outlive a controller that just dies."""
-        self._place = place
-
-    def place(self) -> PlacementGroup | None:
-        return self._place
 
     def lost(self, why: str) -> None:
         """The workers are gone, or some of them, so that all are to be started again."""

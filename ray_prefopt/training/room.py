@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+import ray._private.state
+import ray.util.client
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # generated
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from ray_prefopt.config import RunConfig
@@ -55,6 +58,7 @@ def wait_for_room(run: RunConfig) -> None:
     begun, workers = time.monotonic(), run.min_workers
     needs = asked(run, workers)
     while time.monotonic() - begun < min(TELL_AFTER_S, run.resource_timeout_s):
+        free_orphans()
         available = ray.available_resources()
         if all(available.get(name, 0) >= number for name, number in needs.items()):
             return
@@ -72,6 +76,31 @@ def wait_for_room(run: RunConfig) -> None:
         f"{missing(run, workers)} after waiting {run.resource_timeout_s:g} s. Lower run.num_workers or "
         "run.cpus_per_worker, add nodes, or raise run.resource_timeout_s; `ray status` shows what holds them"
     )
+
+
+def free_orphans() -> None:
+    """End workers of this job whose controller has died, as it does with the trial of a search that it belongs to.
+
+    Ray keeps their room until the job ends. Its own remedy asks the dashboard, and finds none where a host has two
+    Rays. Through a Ray client nothing is seen of it, and nothing done.
+    """
+    if ray.util.client.ray.is_connected():
+        return
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for data in accessor.get_placement_group_table():
+        group = PlacementGroupTableData.FromString(data)
+        is_there = group.state != PlacementGroupTableData.REMOVED and group.creator_job_id == job.binary()
+        if is_there and _is_dead_controller(ray.ActorID(group.creator_actor_id)):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def _is_dead_controller(actor: ray.ActorID) -> bool:
+    """Nil is what the driver itself has."""
+    if actor.is_nil():
+        return False
+    state = ray._private.state.actors(actor.hex())
+    return state["ActorClassName"] == "TrainController" and state["State"] == "DEAD"
 
 
 @contextmanager

@@ -22,14 +22,13 @@ from ray._common.network_utils import parse_address  # type: ignore[attr-defined
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
-from ray.util.placement_group import remove_placement_group
 
 from ray_prefopt.allocator import allocator
 from ray_prefopt.config import TrainConfig
 from ray_prefopt.errors import ResourceError, TrainingError
 from ray_prefopt.training.controller import Trainer, Watch, cause
 from ray_prefopt.training.network import RayNetwork
-from ray_prefopt.training.room import is_alone, of_a_worker, wait_for_room
+from ray_prefopt.training.room import free_orphans, is_alone, of_a_worker, wait_for_room
 
 if TYPE_CHECKING:
     from ray_prefopt.training.job import Job
@@ -41,10 +40,10 @@ WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 logger = logging.getLogger(__name__)
 
 
-def start_ray(*, dashboard: bool = False) -> None:
+def start_ray() -> None:
     """Connect to the cluster of RAY_ADDRESS, else to the one of `ray start`, else start one here.
 
-    One that is started here has a dashboard where that is asked for: its dozen processes take time from the workers.
+    One that is started here has no dashboard, whose dozen processes would take time from the workers.
 
     A process that is connected stays so. Raises ResourceError when nothing answers at RAY_ADDRESS; Ray itself would
     try for many minutes. What `ray start` left behind when its machine went down is passed over.
@@ -61,7 +60,7 @@ def start_ray(*, dashboard: bool = False) -> None:
         )
     ray.init(
         "local" if is_gone else None,
-        include_dashboard=dashboard,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
@@ -139,8 +138,7 @@ def _run_workers(work: str, job: "Job", log: Any) -> None:
         failure, why = error, _first_failure(error)
     except RayActorError as error:
         failure, why = error, f"Ray Train's controller died, {cause(error)}. Start the same command again"
-        if (place := ray.get(log.place.remote())) is not None:
-            remove_placement_group(place)
+        free_orphans()
     fatal = ray.get(log.fatal.remote())
     if fatal is not None:
         raise fatal

@@ -148,7 +148,7 @@ def test_a_killed_trial_goes_on(toy: Toy, tmp_path: Path) -> None:
         import sys, ray
         from ray_prefopt import SearchConfig, TrainConfig, tune
 
-        ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         tune(*(kind.model_validate_json(text) for kind, text in zip((TrainConfig, SearchConfig), sys.argv[1:])))
     """)
     base = config(toy, tmp_path, save_steps=3, cpus_per_worker=2).model_dump_json()

@@ -245,19 +245,11 @@ def test_fewer_than_the_fewest_do_not_start(policy: AtCheckpoints, monkeypatch: 
 # --- Processes that are not started ---
 
 
-@pytest.mark.parametrize(
-    ("actor", "unused"),
-    [(None, {DatasetsCallback, PlacementGroupCleanerCallback}), ("id", {DatasetsCallback})],
-)
-def test_there_is_none_for_datasets_nor_for_what_the_driver_does(
-    actor: str | None, unused: set[type], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the others that Ray Train makes are left as they are. A trial cannot do what drivers do when it is killed."""
-    context = SimpleNamespace(get_actor_id=lambda: actor)
-    monkeypatch.setattr(controller.ray, "get_runtime_context", lambda: context)
+def test_there_is_none_for_datasets_nor_for_what_we_do_ourselves() -> None:
+    """And the others that Ray Train makes are left as they are."""
     rays = {type(callback) for callback in TorchTrainer(print)._create_default_callbacks()}
     ours = {type(callback) for callback in Trainer(print, run=RunConfig())._create_default_callbacks()}
-    assert (rays - ours, ours - rays) == (unused, set())
+    assert (rays - ours, ours - rays) == ({DatasetsCallback, PlacementGroupCleanerCallback}, set())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -17,7 +18,14 @@ from ray.util.placement_group import (
 from ray_prefopt.config import RunConfig
 from ray_prefopt.errors import ResourceError
 from ray_prefopt.training import room
-from ray_prefopt.training.room import asking_for_nodes, fitting, missing, of_a_worker, wait_for_room
+from ray_prefopt.training.room import (
+    asking_for_nodes,
+    fitting,
+    free_orphans,
+    missing,
+    of_a_worker,
+    wait_for_room,
+)
 
 
 def test_what_a_worker_needs() -> None:
@@ -96,3 +104,34 @@ def test_a_group_is_placed_before_it_is_removed(monkeypatch: pytest.MonkeyPatch)
     with asking_for_nodes(RunConfig()):
         pass
     assert states == ["CREATED"]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_room_of_a_dead_controller_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a living one, of another actor, or of the driver; nor through a Ray client, which does not see it."""
+
+    class Actor:
+        def take(self) -> str:
+            group = placement_group([{"CPU": 0.5}])
+            assert group.wait(30)
+            return group.id.hex()
+
+    controller: Any = ray.remote(num_cpus=0)(type("TrainController", (Actor,), {}))
+    other: Any = ray.remote(num_cpus=0)(Actor)
+    dead, living, stranger = actors = controller.remote(), controller.remote(), other.remote()
+    own = placement_group([{"CPU": 0.5}])
+    ids = [*ray.get([actor.take.remote() for actor in actors]), own.id.hex()]
+    ray.kill(dead)
+    ray.kill(stranger)
+    states: list[str] = []
+    while states[:1] != ["REMOVED"]:
+        free_orphans()
+        states = [placement_group_table()[each]["state"] for each in ids]
+    assert states[1:] == ["CREATED"] * 3
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
+    monkeypatch.setattr(room, "remove_placement_group", None)
+    ray.kill(living)
+    free_orphans()
+    for group in placement_group_table().values():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group["placement_group_id"])))

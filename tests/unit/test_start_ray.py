@@ -4,7 +4,6 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -53,13 +52,6 @@ def closed() -> str:
 def test_a_ray_of_its_own(inits: list[str | None], left_behind: Path) -> None:
     workers.start_ray()
     assert inits == [None]
-
-
-def test_a_ray_with_a_dashboard(inits: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    init = Mock()
-    monkeypatch.setattr(workers.ray, "init", init)
-    workers.start_ray(dashboard=True)
-    assert init.call_args.kwargs["include_dashboard"]
 
 
 def test_the_cluster_of_ray_start(
