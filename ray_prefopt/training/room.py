@@ -70,6 +70,7 @@ def wait_for_room(run: RunConfig) -> None:
                 if time.monotonic() - told >= TELL_EACH_S:
                     logger.warning("waiting up to %g s: %s", run.resource_timeout_s, missing(run, workers))
                     told = time.monotonic()
+                free_orphans()
                 if group.wait(1):
                     return
     raise ResourceError(
@@ -100,7 +101,7 @@ def _is_dead_controller(actor: ray.ActorID) -> bool:
     if actor.is_nil():
         return False
     state = ray._private.state.actors(actor.hex())
-    return state["ActorClassName"] == "TrainController" and state["State"] == "DEAD"
+    return (state.get("ActorClassName"), state.get("State")) == ("TrainController", "DEAD")
 
 
 @contextmanager
